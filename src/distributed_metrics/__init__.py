@@ -1,0 +1,41 @@
+"""Metrics for JAX and Flax training loops that cost almost nothing until you look at them."""
+
+from distributed_metrics.accumulators import Accumulator, Batch, Count, Max, Mean, Min, Ratio, Sum
+from distributed_metrics.audit import count_collectives
+from distributed_metrics.data_parallel import DataParallel
+from distributed_metrics.mesh import DeviceMeshManager
+from distributed_metrics.metrics import DistributedMetrics
+from distributed_metrics.reducers import (
+    all_gather,
+    collect_from_devices,
+    reduce_custom,
+    reduce_max,
+    reduce_mean,
+    reduce_min,
+    reduce_sum,
+)
+from distributed_metrics.snapshot import Snapshot
+
+__all__ = [
+    "Accumulator",
+    "Batch",
+    "Count",
+    "DataParallel",
+    "DeviceMeshManager",
+    "DistributedMetrics",
+    "Max",
+    "Mean",
+    "Min",
+    "Ratio",
+    "Snapshot",
+    "Sum",
+    "all_gather",
+    "collect_from_devices",
+    "count_collectives",
+    "reduce_custom",
+    "reduce_max",
+    "reduce_mean",
+    "reduce_min",
+    "reduce_sum",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,16 @@
+"""What can be accumulated of a value, a family a file. ``BY_NAME`` is the one list of the names that a spec may use."""
+
+from distributed_metrics.accumulators._base import Accumulator
+from distributed_metrics.accumulators._batch import Batch
+from distributed_metrics.accumulators.basic import Count, Max, Mean, Min, Ratio, Sum
+
+BY_NAME: dict[str, type[Accumulator]] = {
+    "mean": Mean,
+    "sum": Sum,
+    "count": Count,
+    "max": Max,
+    "min": Min,
+    "ratio": Ratio,
+}
+
+__all__ = ["BY_NAME", "Accumulator", "Batch", "Count", "Max", "Mean", "Min", "Ratio", "Sum"]

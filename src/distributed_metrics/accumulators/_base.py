@@ -1,0 +1,88 @@
+"""What an accumulator is: a few fields, each with a named merge; a contribution; a result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """What is accumulated of one value: the base class of all accumulators, for your own as well.
+
+    A subclass names its ``fields`` (each with the merge that joins two of them, ``"sum"`` or ``"max"``), says what a
+    batch contributes to them, and what number they make in the end. One more field, ``weight``, is always there: the
+    total weight seen, of merge ``"sum"``.
+
+    Args:
+        shape: the shape S of one element, ``()`` for scalars. Values then have shape ``(..., *S)``, and so have the
+            results: a vector per class or per layer is ``shape=(10,)``.
+
+    Example: the geometric mean of positive numbers.
+
+    >>> import jax.numpy as jnp
+    >>> import distributed_metrics as dm
+    >>> class GeometricMean(dm.Accumulator):
+    ...     fields = {"log_total": "sum"}
+    ...
+    ...     def contribution(self, batch):
+    ...         return {"log_total": batch.map(jnp.log).sum()}
+    ...
+    ...     def result(self, xp, weight, log_total):
+    ...         return xp.exp(log_total / weight)
+    >>> metrics = dm.DistributedMetrics({"growth": GeometricMean()})
+    >>> metrics.update(growth=jnp.array([1.0, 10.0, 100.0]))
+    >>> round(metrics.compute()["growth"], 5)
+    10.0
+    """
+
+    fields: ClassVar[Mapping[str, str]] = {}
+    """The accumulated fields, beside ``weight``, and the merge of each."""
+
+    empty: ClassVar[float | None] = float("nan")
+    """The result while the total weight is 0; None where the formula holds then too, as it does for a sum."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("value",)
+    """What a value consists of: ``("numerator", "denominator")`` where ``update`` takes a pair."""
+
+    counts_copies: ClassVar[bool] = False
+    """Whether a value that all devices hold alike would be counted once per device: true of sums and counts."""
+
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+
+    def contribution(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a batch adds: for each field an array of shape S, or what a reduction of ``Batch`` returned.
+
+        Args:
+            *args: the elements and weights that one device sees: one ``Batch`` for each of ``inputs``.
+            **kwargs: none.
+
+        Returns:
+            The fields by name. ``weight`` may be among them; otherwise it is the sum of the batch's weights.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what a batch adds: def contribution(self, batch)")
+
+    def result(self, *args: Any, **kwargs: Any) -> Any:
+        """The number, from merged fields.
+
+        Args:
+            *args: ``xp``: ``numpy`` (float64, on the host) or ``jax.numpy`` (float32, in a trace).
+            **kwargs: ``weight``, the total weight, and the merged fields by name, each of shape ``(..., *S)``.
+
+        Returns:
+            An array of that shape; where ``weight`` is 0, ``empty`` stands instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what it results in: def result(self, xp, weight)")
+
+    def all_fields(self) -> dict[str, str]:
+        """``weight`` and the fields, with their merges."""
+        return {"weight": "sum", **self.fields}
+
+    def label(self) -> str:
+        """The name under which a tuple of accumulators shows this one: the class in lower case."""
+        return type(self).__name__.lower()
+
+    def __str__(self) -> str:
+        return self.label() if not self.shape else f"{self.label()}{list(self.shape)}"

@@ -1,0 +1,237 @@
+"""Two-float arithmetic: sums that do not drift, without float64.
+
+A *pair* is a tuple ``(high, low)`` of float32 arrays of one shape; the number it stands for is their exact sum, and
+``low`` is at most half a unit in the last place of ``high``, so that a pair carries about 48 bits. Accelerators have no
+fast float64 and JAX turns float64 off by default; pairs are exact on every backend.
+
+Every intermediate whose rounding matters passes through ``_rounded``: a compiler that may reassociate
+(``--xla_cpu_enable_fast_math=true``) would otherwise simplify ``(a + b) - a`` to ``b``.
+
+Sources: T. J. Dekker, "A floating-point technique for extending the available precision" (1971); D. E. Knuth, "The Art
+of Computer Programming", vol. 2, 4.2.2 (the branch-free two-sum).
+"""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+Pair = tuple[Array, Array]
+
+_MOST_TREE_ELEMENTS = 2**14
+"""Above this many elements, neighbours are summed in plain float32 first: reading them then is the whole cost."""
+
+
+def pair_of(value: Array) -> Pair:
+    """The exact pair of a float array; of a float64 array the nearest pair (48 of its 53 bits).
+
+    Args:
+        value: a floating-point array of any shape.
+
+    Returns:
+        ``(high, low)``, float32 arrays of that shape.
+    """
+    high = value.astype(jnp.float32)
+    if value.dtype != jnp.float64:
+        return high, jnp.zeros_like(high)
+    low = (value - high.astype(jnp.float64)).astype(jnp.float32)
+    return high, jnp.where(jnp.isfinite(high), low, 0)
+
+
+def host_pair(value: float | np.ndarray) -> np.ndarray:
+    """Split float64 or 64-bit integers on the host, where float64 is free.
+
+    Args:
+        value: a Python number or a NumPy array of shape S.
+
+    Returns:
+        A float32 array of shape ``(*S, 2)``: high and low words.
+
+    >>> high, low = host_pair(0.1)
+    >>> float(high) + float(low) - 0.1 < 1e-16
+    True
+    """
+    value = np.asarray(value)
+    # A 64-bit integer has more bits than a float64: take off the high word in integers.
+    exact = value.astype(np.float64) if value.dtype.kind == "f" else value.astype(object)
+    with np.errstate(over="ignore", invalid="ignore"):
+        high = np.asarray(value, np.float64).astype(np.float32)
+        whole = high.astype(np.float64) if value.dtype.kind == "f" else _integers(high)
+        low = np.where(np.isfinite(high), np.asarray(exact - whole, np.float64), 0.0).astype(np.float32)
+    return np.stack([high, low], axis=-1)
+
+
+def _integers(high: np.ndarray) -> np.ndarray:
+    return np.frompyfunc(int, 1, 1)(high)
+
+
+def _rounded(x: Array) -> Array:
+    """``x``, in a way that compilers do not look through, so that what is computed from it uses its rounded value.
+
+    An ``optimization_barrier`` costs nothing and holds XLA's own rewriting off. It does not hold off LLVM, which sees a
+    fused loop without it, so where fast math is asked for there is a choice that changes the payload of some NaNs only:
+    opaque to LLVM too, at up to ten times the cost for large batches. (It looks at the magnitude, because LLVM sees
+    through a plain minimum of the bits of a number whose sign it knows.)
+    """
+    if not _fast_math():
+        return lax.optimization_barrier(x)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    odd_nan = (bits & jnp.uint32(0x7FFFFFFF)) > jnp.uint32(0x7FFFFFF0)
+    return lax.bitcast_convert_type(lax.select(odd_nan, jnp.full_like(bits, 0x7FC00000), bits), jnp.float32)
+
+
+def _fast_math() -> bool:
+    flags = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
+    return flags.get("--xla_cpu_enable_fast_math", "false").lower() not in ("false", "0")
+
+
+def two_sum(a: Array, b: Array) -> Pair:
+    """``a + b`` exactly, as the rounded sum and its rounding error (Knuth). An infinite sum has error 0."""
+    total = _rounded(a + b)
+    b_part = _rounded(total - a)
+    a_part = _rounded(total - b_part)
+    error = _rounded(_rounded(a - a_part) + _rounded(b - b_part))
+    return total, jnp.where(jnp.isfinite(total), error, 0)
+
+
+def add(x: Pair, y: Pair) -> Pair:
+    """The sum of two pairs, to about 2^-47 relative (Dekker's add2)."""
+    high, error = two_sum(x[0], y[0])
+    return _normalized(high, _rounded(error + _rounded(x[1] + y[1])))
+
+
+def multiply(x: Pair, y: Pair) -> Pair:
+    """The product of two pairs, to about 2^-46 relative.
+
+    The factors are cut into 12-bit halves by masking bits, not by Veltkamp's multiplication, so that no compiler can
+    spoil the cut by contracting a multiply and an add.
+    """
+    product = _rounded(x[0] * y[0])
+    x_top, y_top = _top_half(x[0]), _top_half(y[0])
+    x_rest, y_rest = _rounded(x[0] - x_top), _rounded(y[0] - y_top)
+    error = _rounded(_rounded(x_top * y_top) - product)
+    error = _rounded(error + _rounded(x_top * y_rest))
+    error = _rounded(error + _rounded(x_rest * y_top))
+    error = _rounded(error + _rounded(x_rest * y_rest))
+    error = _rounded(error + _rounded(_rounded(x[0] * y[1]) + _rounded(x[1] * y[0])))
+    return _normalized(product, jnp.where(jnp.isfinite(product), error, 0))
+
+
+def _normalized(high: Array, low: Array) -> Pair:
+    """A sum of two floats of which the first is the larger, as a pair (Dekker's fast two-sum)."""
+    total = _rounded(high + low)
+    rest = _rounded(low - _rounded(total - high))
+    return total, jnp.where(jnp.isfinite(total), rest, 0)
+
+
+def _top_half(x: Array) -> Array:
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def fold(combine, parts: Sequence[Array], identity: Sequence[float]) -> tuple[Array, ...]:
+    """Combine the entries along the first dim, halving it each time: few operations, and short chains of rounding.
+
+    Args:
+        combine: takes and returns tuples of arrays; works element by element.
+        parts: arrays of shape ``(n, ...)``, n >= 1.
+        identity: for each part, the number that leaves the others as they are.
+
+    Returns:
+        Arrays of shape ``(...)``.
+    """
+    parts = tuple(parts)
+    while (n := parts[0].shape[0]) > 1:
+        half = (n + 1) // 2
+        if n % 2:
+            parts = tuple(_append(part, one) for part, one in zip(parts, identity, strict=True))
+        parts = combine(tuple(part[:half] for part in parts), tuple(part[half:] for part in parts))
+    return tuple(part[0] for part in parts)
+
+
+def _append(part: Array, number: float) -> Array:
+    return jnp.concatenate([part, jnp.full((1, *part.shape[1:]), number, part.dtype)])
+
+
+def tree_sum(x: Pair, dims: int) -> Pair:
+    """The sum over the first ``dims`` dims, to about 2^-47 up to 16,384 elements, to about 1e-8 beyond."""
+    if dims == 0:
+        return x
+    high, low = (part.reshape(-1, *part.shape[dims:]) for part in x)
+    if high.shape[0] == 0:
+        return jnp.zeros(high.shape[1:], jnp.float32), jnp.zeros(high.shape[1:], jnp.float32)
+    high, low = fold(add, (_runs(high), _runs(low)), (0.0, 0.0))
+    return high, low
+
+
+def _runs(part: Array) -> Array:
+    """Sum neighbouring elements in plain float32 until at most 16,384 partial sums are left."""
+    n = part.shape[0]
+    length = -(-n // _MOST_TREE_ELEMENTS)
+    if length == 1:
+        return part
+    part = jnp.concatenate([part, jnp.zeros((-n % length, *part.shape[1:]), part.dtype)])
+    return jnp.sum(part.reshape(-1, length, *part.shape[1:]), axis=1)
+
+
+def plain_sum(x: Pair, dims: int) -> Pair:
+    """The sum over the first ``dims`` dims in float32, in whatever order XLA likes.
+
+    For values whose sharding is not known here: a tree of slices would move their elements between devices.
+    """
+    axes = tuple(range(dims))
+    return _normalized(jnp.sum(x[0], axes), jnp.sum(x[1], axes))
+
+
+def integer_sum(x: Array, dims: int) -> Pair:
+    """The exact sum of integers or booleans over the first ``dims`` dims (exact while below 2^47).
+
+    The bits are cut into pieces so narrow that no int32 sum of them can overflow; such sums are exact in any order.
+    """
+    axes = tuple(range(dims))
+    elements = int(np.prod(x.shape[:dims], dtype=np.int64))
+    if x.dtype == jnp.bool_:
+        x, bits = x.astype(jnp.int32), 1
+    else:
+        bits = jnp.iinfo(x.dtype).bits
+        if bits < 32:
+            x = x.astype(jnp.int32)
+        elif x.dtype == jnp.int64:  # the middle bits of small negative numbers are large: keep them from cancelling
+            high, low = integer_sum(jnp.maximum(-x, 0).astype(jnp.uint64), dims)
+            return add(integer_sum(jnp.maximum(x, 0).astype(jnp.uint64), dims), (-high, -low))
+    width = max(1, 31 - max(elements - 1, 0).bit_length())
+    total: Pair | None = None
+    for start in range(0, bits, width):
+        piece = x >> start
+        if start + width < bits:
+            piece = piece & ((1 << width) - 1)
+        part = _scaled(jnp.sum(piece.astype(jnp.int32), axes, dtype=jnp.int32), 2.0**start)
+        total = part if total is None else add(total, part)
+    assert total is not None  # every integer dtype has bits
+    return total
+
+
+def _scaled(x: Array, power_of_two: float) -> Pair:
+    """An int32 array times a power of two, exactly."""
+    top = x & ~jnp.int32(0xFFF)
+    high, low = top.astype(jnp.float32), (x - top).astype(jnp.float32)
+    return _normalized(high * jnp.float32(power_of_two), low * jnp.float32(power_of_two))
+
+
+def integer_pair(x: Array) -> Pair:
+    """Each integer or boolean as a pair: exact below 2^47."""
+    return integer_sum(x, 0)
+
+
+def constant(number: float) -> Pair:
+    """A number that is known while tracing, as a pair of scalars."""
+    high, low = host_pair(number)
+    return jnp.float32(high), jnp.float32(low)
+
+
+def is_integer(x: Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a sum of such values is exact: integers and booleans."""
+    return x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer)

@@ -1,0 +1,238 @@
+"""values -> contribution: what a batch adds, in the small arrays that the state is made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from distributed_metrics import compensated
+from distributed_metrics.accumulators import Accumulator, Batch
+from distributed_metrics.compensated import Pair
+from distributed_metrics.merging import MERGES, Parts
+from distributed_metrics.plan import Group, Plan
+from distributed_metrics.view import spec_axes
+
+_MOST_STACKED_ELEMENTS = 4096
+"""Values up to this size that are accumulated alike are stacked and reduced together: one operation for all of them
+compiles many times faster. Larger ones are not worth the copy."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One array of one update.
+
+    Attributes:
+        index: its position among the arrays of the update.
+        spec: how it is partitioned over the global axes; None where that is not known.
+        pair: whether its last dim holds the high and low words of a number split on the host.
+    """
+
+    index: int
+    spec: P | None
+    pair: bool
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One value of one update: the metrics it feeds, and the arrays it consists of, each with its weight or None."""
+
+    metrics: tuple[int, ...]
+    inputs: tuple[Source, ...]
+    weights: tuple[Source | None, ...]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The inputs, then the weights."""
+        return self.inputs + tuple(source for source in self.weights if source is not None)
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known how the value is partitioned."""
+        return all(source.spec is not None for source in self.inputs)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The mesh axes over which some part of the value is partitioned."""
+        return frozenset(axis for source in self.inputs if source.spec is not None for axis in spec_axes(source.spec))
+
+    def take(self, arrays: Sequence[Array]) -> list[Array]:
+        """The arrays of its sources."""
+        return [arrays[source.index] for source in self.sources]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Contributions to metrics of one accumulator: for each field its parts, of shape ``(members, *S)``."""
+
+    members: tuple[int, ...]
+    accumulator: Accumulator
+    fields: dict[str, Parts]
+
+    def on_first(self, axes: tuple[str, ...]) -> "Block":
+        """The same where this device is the first along ``axes``, else the identity: of copies one counts."""
+        if not axes:
+            return self
+        first = is_first(axes)
+        merges = self.accumulator.all_fields()
+        fields = {
+            name: tuple(
+                jnp.where(first, part, identity)
+                for part, identity in zip(parts, MERGES[merges[name]].identity, strict=True)
+            )
+            for name, parts in self.fields.items()
+        }
+        return Block(self.members, self.accumulator, fields)
+
+
+def is_first(axes: tuple[str, ...]) -> Array:
+    """Whether this device is the first of those along ``axes``."""
+    return lax.axis_index(axes) == 0
+
+
+def contributed(
+    plan: Plan, feeds: Sequence[Feed], arrays: Sequence[Sequence[Array]], counting: tuple[str, ...], split: bool
+) -> list[Block]:
+    """The contributions of this device.
+
+    Args:
+        plan: of the object.
+        feeds: the values of this update.
+        arrays: for each feed, the arrays of its ``sources``.
+        counting: the axes over which contributions are merged in the end: of copies along these the first counts.
+        split: see ``Batch``.
+    """
+    alike: dict[Any, list[tuple[int, Sequence[Array]]]] = {}
+    for feed, given in zip(feeds, arrays, strict=True):
+        for i in feed.metrics:
+            alike.setdefault(_likeness(plan, i, feed, given, split), []).append((i, given))
+    feed_of = {i: feed for feed in feeds for i in feed.metrics}
+    blocks = []
+    for members in alike.values():
+        first_member, given = members[0]
+        feed = feed_of[first_member]
+        accumulator = plan.metrics[first_member].accumulator
+        contribute = _contribution_function(accumulator, feed, counting, split)
+        inputs = len(feed.inputs)
+        if len(members) == 1:
+            fields = jax.tree.map(lambda part: part[None], contribute(given[:inputs], given[inputs:]))
+        else:
+            stacked = [jnp.stack(same) for same in zip(*(given[:inputs] for _, given in members), strict=True)]
+            fields = jax.vmap(contribute, in_axes=(0, None), axis_size=len(members))(stacked, given[inputs:])
+        block = Block(tuple(i for i, _ in members), accumulator, fields)
+        blocks.append(block.on_first(tuple(axis for axis in counting if axis not in feed.axes)))
+    return blocks
+
+
+def _likeness(plan: Plan, i: int, feed: Feed, given: Sequence[Array], split: bool) -> Any:
+    """Equal for metrics whose contributions may be computed together."""
+    values = given[: len(feed.inputs)]
+    if not split or any(array.size > _MOST_STACKED_ELEMENTS for array in values):
+        return i
+    shapes = tuple((array.shape, array.dtype, source.pair) for array, source in zip(values, feed.inputs, strict=True))
+    return plan.metrics[i].accumulator, shapes, tuple(source.spec for source in feed.inputs), feed.weights
+
+
+def _contribution_function(
+    accumulator: Accumulator, feed: Feed, counting: tuple[str, ...], split: bool
+) -> Callable[[Sequence[Array], Sequence[Array]], dict[str, Parts]]:
+    """What one value adds, as a function of its arrays and their weights."""
+
+    def contribute(values: Sequence[Array], weights: Sequence[Array]) -> dict[str, Parts]:
+        remaining = iter(weights)
+        batches = []
+        for value, source, weight_source in zip(values, feed.inputs, feed.weights, strict=True):
+            weight = None if weight_source is None else _weight_numbers(next(remaining), weight_source.pair)
+            copied = tuple(a for a in counting if a in feed.axes and a not in spec_axes(source.spec or P()))
+            if copied:  # the other half of a pair is partitioned over these axes, so this half must count once
+                weight = _gated(weight, is_first(copied))
+            batches.append(Batch(_numbers(value, source.pair), weight, accumulator.shape, split))
+        return _checked_fields(accumulator, batches)
+
+    return contribute
+
+
+def _numbers(array: Array, pair: bool) -> Array | Pair:
+    """Integers and booleans as they are; floats, and numbers split on the host, as pairs."""
+    if pair:
+        return array[..., 0], array[..., 1]
+    return array if compensated.is_integer(array) else compensated.pair_of(array)
+
+
+def _weight_numbers(array: Array, pair: bool) -> Array | Pair:
+    """Booleans as they are; every other weight as a pair."""
+    if array.dtype == jnp.bool_:
+        return array
+    numbers = _numbers(array, pair)
+    return numbers if isinstance(numbers, tuple) else compensated.integer_pair(numbers)
+
+
+def _gated(weight: Array | Pair | None, gate: Array) -> Array | Pair:
+    if weight is None:
+        return gate
+    if isinstance(weight, tuple):
+        return jnp.where(gate, weight[0], 0), jnp.where(gate, weight[1], 0)
+    return weight & gate
+
+
+def _checked_fields(accumulator: Accumulator, batches: Sequence[Batch]) -> dict[str, Parts]:
+    """The contribution in full: every field, as parts of the accumulator's shape.
+
+    Raises:
+        ValueError: the accumulator returned other fields, or another shape, than it declares.
+    """
+    name = type(accumulator).__name__
+    given = accumulator.contribution(*batches)
+    if "weight" not in given:
+        given = {**given, "weight": batches[0].total_weight()}
+    merges = accumulator.all_fields()
+    if set(given) != set(merges):
+        raise ValueError(
+            f"{name}.contribution() returned the fields {sorted(given)}, and {name}.fields declares {sorted(merges)}."
+        )
+    fields = {}
+    for field, merge in merges.items():
+        value = given[field]
+        parts = value if isinstance(value, tuple) else (jnp.asarray(value, jnp.float32),)
+        parts += tuple(jnp.zeros_like(parts[0]) for _ in range(MERGES[merge].words - len(parts)))
+        if any(part.shape != accumulator.shape for part in parts):
+            raise ValueError(
+                f"{name}.contribution() returned {field!r} of shape {parts[0].shape}, and the shape of {name} is "
+                f"{accumulator.shape}."
+            )
+        fields[field] = parts
+    return fields
+
+
+def assembled(plan: Plan, blocks: Sequence[Block]) -> dict[str, Parts]:
+    """One contribution to each table, parts of shape ``(slots,)``; metrics that got nothing get the identity."""
+    slots: dict[str, list[Parts]] = {merge: [] for merge in plan.slots}
+    by_accumulator: dict[Accumulator, list[Block]] = {}
+    for block in blocks:
+        by_accumulator.setdefault(block.accumulator, []).append(block)
+    for group in plan.groups:
+        mine = by_accumulator.get(group.accumulator, [])
+        for field, merge in group.accumulator.all_fields().items():
+            slots[merge].append(_in_order(group, field, merge, mine))
+    return {merge: tuple(jnp.concatenate(part) for part in zip(*slots[merge], strict=True)) for merge in slots}
+
+
+def _in_order(group: Group, field: str, merge: str, blocks: Sequence[Block]) -> Parts:
+    """One field of all members of a group, in the order of their slots."""
+    identity = MERGES[merge].identity
+    if not blocks:
+        return tuple(jnp.full((len(group.members) * group.size,), one, jnp.float32) for one in identity)
+    came = [member for block in blocks for member in block.members]
+    parts = []
+    for k, one in enumerate(identity):
+        part = jnp.concatenate([block.fields[field][k].reshape(len(block.members), group.size) for block in blocks])
+        if came != list(group.members):
+            part = jnp.concatenate([part, jnp.full((1, group.size), one, jnp.float32)])
+            position = {member: at for at, member in enumerate(came)}
+            part = part[np.array([position.get(member, len(came)) for member in group.members])]
+        parts.append(part.reshape(-1))
+    return tuple(parts)

@@ -1,0 +1,303 @@
+"""``DistributedMetrics``: wires the stages together, owns the Variables, and is safe to share between threads."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distributed_metrics import reducers, rows
+from distributed_metrics.contributions import Feed
+from distributed_metrics.plan import Plan, parse
+from distributed_metrics.snapshot import Snapshot
+from distributed_metrics.values import Situation, broadcast_prefix, feeds_of, named_values
+from distributed_metrics.view import Layout, View, is_traced, look, make_layout, varying_axes
+
+_LOCK = threading.RLock()
+"""Held while rows are read and replaced. One for all objects: an object's attributes are part of its graphdef, and what
+is held here is only ever the dispatch of a small program."""
+
+
+# The jitted programs. Called in a trace they are inlined; either way they are traced once for each set of shapes.
+
+
+@functools.lru_cache(maxsize=1024)
+def _update_program(plan: Plan, view: View, feeds: tuple[Feed, ...]) -> Callable[..., rows.Tables]:
+    def update(tables: rows.Tables, arrays: list[jax.Array]) -> rows.Tables:
+        return rows.updated(plan, view, feeds, tables, arrays)
+
+    return jax.jit(update, inline=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _merge_program(plan: Plan, view: View) -> Callable[[rows.Tables], jax.Array]:
+    return jax.jit(functools.partial(rows.merged, plan, view), inline=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reset_program(plan: Plan, view: View) -> Callable[[rows.Tables], rows.Tables]:
+    return jax.jit(functools.partial(rows.reset, plan, view), inline=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_program(
+    plan: Plan, view: View, sharding: NamedSharding | None, fresh: bool
+) -> Callable[[rows.Tables], tuple[jax.Array, rows.Tables | None]]:
+    """The rows in one buffer and, with ``fresh``, rows that have seen nothing: all of an eager flush."""
+
+    def read(tables: rows.Tables) -> tuple[jax.Array, rows.Tables | None]:
+        words = rows.unmerged(plan, tables)
+        if sharding is not None:
+            words = (jax.sharding.reshard if view.explicit else jax.lax.with_sharding_constraint)(words, sharding)
+        return words, rows.reset(plan, view, tables) if fresh else None
+
+    return jax.jit(read)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fresh_program(plan: Plan, layout: Layout) -> Callable[[], rows.Tables]:
+    return jax.jit(functools.partial(rows.fresh, plan, layout))
+
+
+class DistributedMetrics(nnx.Module):
+    """Metrics that every device accumulates on its own, and that come together only when they are read.
+
+    ``update`` adds to accumulators that live on the devices, one row each, without any communication; ``flush`` (or
+    ``compute``) brings the rows together, once, for all metrics. Without a spec, ``DistributedMetrics()`` has no
+    accumulators and offers the stateless reducers only.
+
+    Args:
+        reduce_fn: a (nested) dict of names to what is accumulated: ``"mean"``, ``"sum"``, ``"count"``, ``"max"``,
+            ``"min"``, ``"ratio"``, an ``Accumulator``, or a tuple of these for several statistics of one value.
+        mesh: where the accumulators live, one row for each device. Default: the mesh of ``jax.set_mesh``; without one,
+            a single row.
+        axis_name: the mesh axes that rows spread over, and that a mapped ``compute`` reduces over. Default: all.
+        nan_policy: ``"propagate"``: a NaN makes NaN of the metrics that saw it, and of no other.
+
+    Raises:
+        TypeError, ValueError: a bad name, an unknown operation, an axis that the mesh does not have.
+
+    >>> import jax.numpy as jnp
+    >>> metrics = DistributedMetrics({"loss": "mean", "tokens": "sum"})
+    >>> for step in range(3):
+    ...     metrics.update(loss=jnp.array([1.0, 2.0]) + step, tokens=jnp.array([10, 20]))
+    >>> snapshot = metrics.flush()
+    >>> snapshot["loss"], snapshot["tokens"]
+    (2.5, 90.0)
+    """
+
+    def __init__(
+        self,
+        reduce_fn: Mapping[str, Any] | None = None,
+        *,
+        mesh: Mesh | AbstractMesh | None = None,
+        axis_name: str | Iterable[str] | None = None,
+        nan_policy: str = "propagate",
+    ) -> None:
+        super().__init__()
+        if nan_policy != "propagate":
+            raise ValueError(f"DistributedMetrics(nan_policy={nan_policy!r}): known is 'propagate'.")
+        self._plan = parse(reduce_fn)
+        self._layout = make_layout(mesh, axis_name) if self._plan.metrics else Layout(None, ())
+        tables = _fresh_program(self._plan, self._layout)() if self._plan.metrics else {}
+        for merge, table in tables.items():
+            annotation: dict[str, Any] = {}
+            if self._layout.mesh is not None:
+                spec = (self._layout.axes, *(None,) * (table.ndim - 1))
+                annotation = {"out_sharding": spec, "mesh": self._layout.mesh, "eager_sharding": False}
+            setattr(self, _attribute(merge), nnx.metrics.MetricState(table, **annotation))
+
+    # --- stateful ---
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The flat names of the values that ``update`` takes."""
+        return tuple(self._plan.values)
+
+    @property
+    def mesh(self) -> Mesh | AbstractMesh | None:
+        """The mesh on which the accumulators live; None where there is a single row."""
+        return self._layout.mesh
+
+    def update(
+        self, metrics: Mapping[str, Any] | None = None, /, *, weight: Any = None, spec: Any = None, **named: Any
+    ) -> None:
+        """Add values to the accumulators, on the devices where they are. Nothing is sent, nothing is waited for.
+
+        In code with a global view (eager, ``jit``) a value counts once, however it is sharded or replicated; in code
+        that is mapped over devices (``shard_map``, ``pmap``) each device's value counts.
+
+        Args:
+            metrics: a (nested) dict of names to values, or the values by keyword. A value is a scalar or an array of
+                any shape, all of whose elements count (of an accumulator with ``shape=S``: of shape ``(..., *S)``);
+                floats, integers or booleans of any width. For ``"ratio"`` a pair ``(numerator, denominator)``. Metrics
+                that are not named are left alone. In several processes, host values must be the same in all of them.
+            weight: a mask or numbers, or a (nested) dict of them by name. It aligns with the leading dims of the value;
+                a dim of size 1 is stretched; a scalar gates the whole value. Elements of weight 0 are left out, NaN
+                included.
+            spec: how the values are partitioned, a ``jax.sharding.PartitionSpec`` or a (nested) dict of them by name.
+                Needed only under ``jit`` on meshes of Auto axes, where JAX does not show it; without it, XLA reduces
+                what is not known to be partitioned along its leading dim on a mesh of one axis.
+            **named: values by name.
+
+        Raises:
+            ValueError: an unknown name; a weight, a shape or a placement that does not fit.
+            TypeError: a value that is no number.
+            flax.errors.TraceContextError: the object belongs to an outer trace (that of ``jax.grad``, say).
+        """
+        self._require_accumulators("update")
+        values = named_values(self._plan, metrics, named)
+        if not values:
+            return
+        weights = broadcast_prefix(self._plan, weight, "weight")
+        specs = broadcast_prefix(self._plan, spec, "spec")
+        with _LOCK:
+            tables = self._tables()
+            situation = self._situation(tables)
+            view = situation.view
+            if lead := rows.populations(self._plan, view, tables):
+                raise ValueError(
+                    f"metrics.update(): these accumulators are a population, with {lead} dim(s) in front of the rows: "
+                    f"shape {min(tables.items())[1].shape}.\n"
+                    "  Update them under vmap: jax.vmap(lambda m, x: (m.update(loss=x), m)[1])(metrics, values)"
+                )
+            feeds, arrays = feeds_of(self._plan, situation, values, weights, specs)
+            self._replace(_update_program(self._plan, view, feeds)(tables, arrays), f"update({', '.join(values)})")
+
+    def compute(self) -> Snapshot:
+        """The results so far; the accumulators stay as they are.
+
+        In a trace: one collective, and a merged snapshot. Eager: none where this process holds all devices.
+        """
+        return self._read("compute", fresh=False)
+
+    def flush(self) -> Snapshot:
+        """The results so far, and the accumulators start afresh. It costs as much as ``compute``."""
+        return self._read("flush", fresh=True)
+
+    def reset(self) -> None:
+        """The accumulators start afresh."""
+        self._require_accumulators("reset")
+        with _LOCK:
+            tables = self._tables()
+            self._replace(_reset_program(self._plan, self._situation(tables).view)(tables), "reset()")
+
+    def _read(self, method: str, fresh: bool) -> Snapshot:
+        self._require_accumulators(method)
+        with _LOCK:
+            tables = self._tables()
+            situation = self._situation(tables)
+            if situation.eager:
+                sharding = _gathered_sharding(tables)
+                words, new = _read_program(self._plan, situation.view, sharding, fresh)(tables)
+            else:
+                words = _merge_program(self._plan, situation.view)(tables)
+                new = _reset_program(self._plan, situation.view)(tables) if fresh else None
+            if new is not None:
+                self._replace(new, f"{method}()")
+            return Snapshot(self._plan, words, rows=situation.eager)
+
+    def _situation(self, tables: rows.Tables) -> Situation:
+        merge, table = next(iter(tables.items()))
+        view = look(self._layout, table, rows.table_dims(merge))
+        eager = not is_traced(table) and not view.mapped
+        return Situation(self._layout, view, eager, varying_axes(table) if view.mapped else frozenset())
+
+    def _tables(self) -> rows.Tables:
+        return {merge: getattr(self, _attribute(merge)).get_raw_value() for merge in sorted(self._plan.slots)}
+
+    def _replace(self, tables: rows.Tables, method: str) -> None:
+        try:
+            for merge, table in tables.items():
+                getattr(self, _attribute(merge)).set_raw_value(table)
+        except flax.errors.TraceContextError as error:
+            error.args = (
+                f"metrics.{method}: the accumulators belong to an outer trace, and cannot be changed from inside this "
+                "one (jax.grad, nnx.value_and_grad, vmap, scan, cond, or a jitted function that captured the object).\n"
+                "  Return the values and update outside: (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)"
+                "(model); metrics.update(aux)\n  Or pass the object in and out of the transformed function as an "
+                "argument.",
+            )
+            raise
+
+    def _require_accumulators(self, method: str) -> None:
+        if not self._plan.metrics:
+            raise ValueError(
+                f"metrics.{method}(): this object has no accumulators: DistributedMetrics() is the stateless one.\n"
+                f'  Say what to accumulate: DistributedMetrics({{"loss": "mean"}})'
+            )
+
+    def __repr__(self) -> str:
+        if not self._plan.metrics:
+            return "DistributedMetrics(): stateless reducers only"
+        mesh = self._layout.mesh
+        where = (
+            "1 row"
+            if mesh is None
+            else f"{self._layout.rows} rows over {', '.join(self._layout.axes)} of the mesh "
+            f"({', '.join(f'{axis}: {size}' for axis, size in mesh.shape.items())})"
+        )
+        width = max(len(metric.name) for metric in self._plan.metrics)
+        lines = [f"  {metric.name:<{width}}  {metric.accumulator}" for metric in self._plan.metrics]
+        return "\n".join([f"DistributedMetrics, {where}", *lines])
+
+    __str__ = __repr__
+
+    # --- stateless: the specification's reducers, each one implementation under three names ---
+
+    def all_gather(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
+        """``distributed_metrics.all_gather``."""
+        return reducers.all_gather(metrics, axis_name)
+
+    def reduce_mean(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
+        """``distributed_metrics.reduce_mean``."""
+        return reducers.reduce_mean(metrics, axis_name)
+
+    def reduce_sum(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
+        """``distributed_metrics.reduce_sum``."""
+        return reducers.reduce_sum(metrics, axis_name)
+
+    def reduce_max(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
+        """``distributed_metrics.reduce_max``."""
+        return reducers.reduce_max(metrics, axis_name)
+
+    def reduce_min(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
+        """``distributed_metrics.reduce_min``."""
+        return reducers.reduce_min(metrics, axis_name)
+
+    def reduce_custom(
+        self, metrics: dict[str, Any], reduce_fn: dict[str, str | None] | None = None, axis_name: str = "batch"
+    ) -> dict[str, Any]:
+        """``distributed_metrics.reduce_custom``."""
+        return reducers.reduce_custom(metrics, reduce_fn, axis_name)
+
+    def collect_from_devices(self, metrics: dict[str, Any]) -> dict[str, list[Any] | Any]:
+        """``distributed_metrics.collect_from_devices``."""
+        return reducers.collect_from_devices(metrics)
+
+    all_gather_static = staticmethod(reducers.all_gather)
+    reduce_mean_static = staticmethod(reducers.reduce_mean)
+    reduce_sum_static = staticmethod(reducers.reduce_sum)
+    reduce_max_static = staticmethod(reducers.reduce_max)
+    reduce_min_static = staticmethod(reducers.reduce_min)
+    reduce_custom_static = staticmethod(reducers.reduce_custom)
+    collect_from_devices_static = staticmethod(reducers.collect_from_devices)
+
+
+def _attribute(merge: str) -> str:
+    """The name of the Variable that holds a table."""
+    return f"{merge}_rows"
+
+
+def _gathered_sharding(tables: rows.Tables) -> NamedSharding | None:
+    """How the rows must lie to be fetched: as they are, or in several processes replicated."""
+    sharding = next(iter(tables.values())).sharding
+    if sharding.is_fully_addressable or sharding.is_fully_replicated:
+        return None
+    assert isinstance(sharding, NamedSharding)  # only named shardings span processes here
+    return NamedSharding(sharding.mesh, P())

@@ -1,0 +1,439 @@
+"""What ``update()`` was given -> arrays and feeds. Whatever can be wrong with a value is found here, at trace time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distributed_metrics.accumulators import Accumulator
+from distributed_metrics.compensated import host_pair
+from distributed_metrics.contributions import Feed, Source
+from distributed_metrics.plan import SEPARATOR, Plan, did_you_mean
+from distributed_metrics.view import Layout, View, axes_size, full_spec, is_traced, spec_axes, varying_axes
+
+Value = jax.Array | np.ndarray
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where an update happens.
+
+    Attributes:
+        layout, view: of the object, here.
+        eager: whether nothing is traced, so that values must be brought to the devices of the mesh.
+        rows_vary: the axes over which the types of the rows vary; empty where types do not show it.
+    """
+
+    layout: Layout
+    view: View
+    eager: bool
+    rows_vary: frozenset[str]
+
+
+def flattened(metrics: Mapping[str, Any], leaves: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, Any]]:
+    """The flat names and values of a nested mapping; a mapping under a name of ``leaves`` is a value itself."""
+    for key, value in metrics.items():
+        name = f"{outer}{SEPARATOR}{key}" if outer else str(key)
+        if isinstance(value, Mapping) and name not in leaves:
+            yield from flattened(value, leaves, name)
+        else:
+            yield name, value
+
+
+def named_values(plan: Plan, metrics: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of one update by flat name, in the order of the plan.
+
+    Raises:
+        TypeError: ``metrics`` is no mapping.
+        ValueError: a name that is not accumulated, or one given twice.
+    """
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"metrics.update() takes a dict of names to values, got {type(metrics).__name__}.\n"
+            '  For example: metrics.update({"loss": loss}) or metrics.update(loss=loss)'
+        )
+    given: dict[str, Any] = {}
+    for source in (metrics or {}, named):
+        for name, value in flattened(source, plan.values):
+            if name in given:
+                raise ValueError(f"metrics.update() got {name!r} twice.")
+            if name not in plan.values:
+                raise _unknown_name(plan, name)
+            given[name] = value
+    return given
+
+
+def _unknown_name(plan: Plan, name: str, argument: str = "") -> ValueError:
+    known = tuple(plan.values)
+    shown = ", ".join(map(repr, known[:20])) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    add = "" if argument else f'\n  To add it: DistributedMetrics({{..., "{name}": "mean"}})'
+    near = did_you_mean(name, known)
+    if not argument and not near and (meant := did_you_mean(name, ("weight", "spec"))):
+        add = f" Did you mean the argument {meant.split(chr(39))[1]}=?"
+    return ValueError(
+        f"metrics.update({argument}) got {name!r}, which this object does not accumulate.\n"
+        f"  It accumulates: {shown}.{near}{add}"
+    )
+
+
+def broadcast_prefix(plan: Plan, given: Any, argument: str) -> dict[str, Any]:
+    """``weight`` or ``spec`` for each name: one for all, or a (nested) dict, whose entries hold for all below them.
+
+    Raises:
+        ValueError: a name that stands for nothing.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(plan.values, given)
+    chosen: dict[str, Any] = {}
+    for name, value in flattened(given, {}):
+        below = [known for known in plan.values if known == name or known.startswith(name + SEPARATOR)]
+        if not below:
+            raise _unknown_name(plan, name, f"{argument}=")
+        chosen.update(dict.fromkeys(below, value))
+    return chosen
+
+
+def feeds_of(
+    plan: Plan, situation: Situation, values: Mapping[str, Any], weights: Mapping[str, Any], specs: Mapping[str, Any]
+) -> tuple[tuple[Feed, ...], list[Value]]:
+    """The static side and the arrays of one update.
+
+    Raises:
+        TypeError: a value or a weight that is no number.
+        ValueError: a shape, a weight, a spec or a placement that does not fit.
+    """
+    arrays: list[Value] = []
+    feeds = []
+    taken: dict[int, tuple[int, bool]] = {}  # one weight for many values is one array
+
+    def add_weight(name: str, weight: Any) -> tuple[int, bool]:
+        if id(weight) not in taken:
+            numbers, pair = _numbers(name, weight, "weight")
+            taken[id(weight)] = (len(arrays), pair)
+            arrays.append(numbers)
+        return taken[id(weight)]
+
+    for name, value in values.items():
+        metrics = plan.values[name]
+        accumulator = plan.metrics[metrics[0]].accumulator
+        inputs: list[Source] = []
+        input_weights: list[Source | None] = []
+        for part_name, part, spec in zip(
+            accumulator.inputs, _inputs(name, value, accumulator), _specs(specs.get(name), accumulator), strict=True
+        ):
+            label = name if len(accumulator.inputs) == 1 else f"{name} ({part_name})"
+            numbers, pair = _numbers(label, part, "value")
+            shape = numbers.shape[:-1] if pair else numbers.shape
+            _check_shape(label, shape, accumulator)
+            numbers, spec = _placed(label, numbers, shape, spec, situation)
+            inputs.append(Source(len(arrays), spec, pair))
+            arrays.append(numbers)
+            weight = weights.get(name)
+            if weight is None:
+                input_weights.append(None)
+            else:
+                index, weight_pair = add_weight(name, weight)
+                weight_shape = arrays[index].shape[:-1] if weight_pair else arrays[index].shape
+                _check_weight(label, weight_shape, shape, accumulator)
+                input_weights.append(Source(index, _weight_spec(spec, weight_shape, weight_pair), weight_pair))
+        feeds.append(Feed(metrics, tuple(inputs), tuple(input_weights)))
+        if situation.rows_vary:
+            _check_varying(plan, name, feeds[-1], arrays, situation)
+    return tuple(feeds), [_on_device(array, situation) for array in arrays]
+
+
+def _inputs(name: str, value: Any, accumulator: Accumulator) -> tuple[Any, ...]:
+    wanted = accumulator.inputs
+    if len(wanted) == 1:
+        return (value,)
+    if not isinstance(value, tuple | list) or len(value) != len(wanted):
+        got = f"{len(value)} parts" if isinstance(value, tuple | list) else type(value).__name__
+        raise ValueError(
+            f"metrics.update(): {name!r} is accumulated as {accumulator}, whose value is ({', '.join(wanted)}); "
+            f"got {got}.\n  For example: metrics.update({{{name!r}: (loss_sum, token_count)}})"
+        )
+    return tuple(value)
+
+
+def _specs(spec: Any, accumulator: Accumulator) -> tuple[Any, ...]:
+    if isinstance(spec, tuple) and not isinstance(spec, P) and len(spec) == len(accumulator.inputs):
+        return spec
+    return (spec,) * len(accumulator.inputs)
+
+
+def _numbers(name: str, value: Any, what: str) -> tuple[Value, bool]:
+    """The value as an array, and whether it was split into high and low words on the host.
+
+    Raises:
+        TypeError: it is no number, or a complex one.
+    """
+    if isinstance(value, nnx.Variable):
+        value = value.get_value()
+    if isinstance(value, jax.Array):
+        if not (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == jnp.bool_):
+            raise _no_number(name, f"an array of {value.dtype}", what)
+        if jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise _is_complex(name, value.dtype, what)
+        return value, False
+    if isinstance(value, bool | int | float | complex | np.ndarray | np.generic):
+        array = np.asarray(value)
+        if np.iscomplexobj(array):
+            raise _is_complex(name, array.dtype, what)
+        if array.dtype == np.bool_:
+            return array, False
+        if (array.dtype.kind in "iuf" and array.dtype.itemsize > 4) or (
+            array.dtype == object and isinstance(value, int)
+        ):
+            return host_pair(array), True
+        if jnp.issubdtype(array.dtype, jnp.number):
+            return array, False
+        raise _no_number(name, f"an array of {array.dtype}", what)
+    raise _no_number(name, f"a {type(value).__name__}: {value!r:.80}", what)
+
+
+def _no_number(name: str, got: str, what: str) -> TypeError:
+    return TypeError(
+        f"metrics.update(): the {what} of {name!r} is no number: {got}.\n"
+        "  Give a scalar or an array of floats, integers or booleans; of a list make one: jnp.asarray(...)."
+    )
+
+
+def _is_complex(name: str, dtype: Any, what: str) -> TypeError:
+    return TypeError(
+        f"metrics.update(): the {what} of {name!r} is complex ({dtype}), and complex numbers have no order to "
+        "log them by.\n  Give its magnitude, jnp.abs(x), or its real part, x.real."
+    )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], accumulator: Accumulator) -> None:
+    kept = accumulator.shape
+    if kept and shape[len(shape) - len(kept) :] != kept:
+        raise ValueError(
+            f"metrics.update(): {name!r} has shape {shape}, and {type(accumulator).__name__}(shape={kept}) takes "
+            f"(..., {', '.join(map(str, kept))}): the trailing dims are kept."
+        )
+
+
+def _check_weight(name: str, weight: tuple[int, ...], value: tuple[int, ...], accumulator: Accumulator) -> None:
+    """A weight's dims are the leading ones of the value, or of size 1; the kept dims have none."""
+    leading = value[: len(value) - len(accumulator.shape)]
+    fits = len(weight) <= len(leading) and all(w in (1, v) for w, v in zip(weight, leading, strict=False))
+    if fits:
+        return
+    fix = "Weights align with the leading dims of a value; a dim of size 1 is stretched."
+    if len(weight) < len(leading) and weight == leading[len(leading) - len(weight) :]:
+        fix += f" Probably: weight[{'None, ' * (len(leading) - len(weight))}...]"
+    else:
+        fix += f' Give weights by name, and none to {name!r} if it needs none: weight={{"loss": mask}}'
+    raise ValueError(
+        f"metrics.update(): the weight of {name!r} has shape {weight}, and its value has shape {value}: they do not "
+        f"align.\n  {fix}"
+    )
+
+
+def _weight_spec(spec: P | None, shape: tuple[int, ...], pair: bool) -> P | None:
+    if spec is None:
+        return None
+    entries = [entry if size != 1 else None for entry, size in zip(spec, shape, strict=False)]
+    return P(*entries, None) if pair else P(*entries)
+
+
+def _placed(
+    name: str, array: Value, shape: tuple[int, ...], asked: Any, situation: Situation
+) -> tuple[Value, P | None]:
+    """The array where the rows can read it, and its partition over the global axes (None: not known)."""
+    view = situation.view
+    if asked is not None and not isinstance(asked, P):
+        raise TypeError(
+            f"metrics.update(spec=...): {name!r} got {asked!r}; a spec is a jax.sharding.PartitionSpec.\n"
+            '  For example: spec=P(("data", "fsdp"), "context")'
+        )
+    if not view.global_axes:
+        whole = situation.layout.mesh is not None or _is_on_one_device(name, array)
+        return array, P() if whole else None
+    own = _own_spec(name, array, situation)
+    if asked is not None and len(shape):
+        asked = _checked_spec(name, shape, asked, situation)
+    elif asked is not None:
+        asked = P()
+    if view.explicit and not situation.eager:
+        if asked is not None and own is not None and asked != own and isinstance(array, jax.Array):
+            raise ValueError(
+                f"metrics.update(spec=...): {name!r} was said to be partitioned as {asked}, and its type says {own}.\n"
+                "  On a mesh of Explicit axes leave spec out: it is read off the value."
+            )
+        return array, own if own is not None else P()
+    if own is not None:
+        return array, own
+    if not isinstance(array, jax.Array) and not situation.eager:
+        return array, P()  # a constant of the program is everywhere
+    spec = asked if asked is not None else _guessed_spec(shape, situation)
+    if situation.eager:
+        spec = P() if spec is None else spec
+        mesh = _concrete_mesh(situation)
+        padded = full_spec(spec, array.ndim)  # the words of a pair are not partitioned
+        return jax.device_put(array, NamedSharding(mesh, padded)), padded
+    return array, spec
+
+
+def _own_spec(name: str, array: Value, situation: Situation) -> P | None:
+    """The partition that the array itself shows: its type on Explicit axes, its sharding where it is concrete."""
+    view = situation.view
+    if not isinstance(array, jax.Array):
+        return None
+    if not situation.eager:
+        if not view.explicit:
+            return None
+        sharding = jax.typeof(array).sharding
+        if sharding.mesh.empty:
+            return full_spec(P(), array.ndim)
+        if not set(view.global_axes) <= set(sharding.mesh.axis_names):
+            raise _other_devices(name, sharding.mesh, situation)
+        return full_spec(sharding.spec, array.ndim)
+    sharding, mesh = array.sharding, _concrete_mesh(situation)
+    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+        return full_spec(sharding.spec, array.ndim)
+    if not sharding.device_set <= set(mesh.devices.flat):
+        shown = sharding.mesh if isinstance(sharding, NamedSharding) else sorted(map(str, sharding.device_set))
+        raise _other_devices(name, shown, situation)
+    return None
+
+
+def _other_devices(name: str, shown: Any, situation: Situation) -> ValueError:
+    return ValueError(
+        f"metrics.update(): {name!r} lies on other devices than the accumulators.\n"
+        f"  The value:        {shown}\n  The accumulators: {situation.layout.mesh}\n"
+        "  Make the object with the mesh of its values: DistributedMetrics({...}, mesh=mesh)"
+    )
+
+
+def _checked_spec(name: str, shape: tuple[int, ...], spec: P, situation: Situation) -> P:
+    mesh = _any_mesh(situation)
+    unknown = [axis for axis in spec_axes(spec) if axis not in situation.view.global_axes]
+    if unknown:
+        raise ValueError(
+            f"metrics.update(spec={spec}): {name!r}: {unknown[0]!r} is no axis of the mesh; "
+            f"its axes are {situation.view.global_axes}."
+        )
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"metrics.update(spec={spec}): {name!r} has shape {shape}: {len(shape)} dims for {len(spec)} entries.\n"
+            f'  Give each value its own: spec={{"{name}": P(...)}}'
+        )
+    for size, entry in zip(shape, spec, strict=False):
+        parts = axes_size(mesh, spec_axes(P(entry)))
+        if size % parts:
+            raise ValueError(
+                f"metrics.update(spec={spec}): {name!r} has shape {shape}, and {size} is not divisible by {parts} "
+                f"({entry!r}).\n  Pad it and give the padding weight 0, or leave spec out."
+            )
+    return full_spec(spec, len(shape))
+
+
+def _guessed_spec(shape: tuple[int, ...], situation: Situation) -> P | None:
+    """Where JAX does not show it: on a mesh of one axis the leading dim is taken to be the partitioned one."""
+    view, mesh = situation.view, _any_mesh(situation)
+    if not shape:
+        return P()
+    wide = [axis for axis in view.global_axes if mesh.shape[axis] > 1]
+    one_axis = len(wide) <= 1 and set(wide) <= set(view.spread)
+    if shape[0] % axes_size(mesh, view.spread) == 0 and (one_axis or situation.eager):
+        return full_spec(P(view.spread), len(shape))
+    return None
+
+
+def _any_mesh(situation: Situation) -> Any:
+    return situation.view.mesh if situation.view.mesh is not None else jax.sharding.get_abstract_mesh()
+
+
+def _concrete_mesh(situation: Situation) -> Mesh:
+    mesh = situation.view.mesh if situation.view.mesh is not None else situation.layout.mesh
+    return mesh if isinstance(mesh, Mesh) else jax.sharding.get_mesh()
+
+
+def _is_on_one_device(name: str, array: Value) -> bool:
+    """Whether a value for an object of one row lies on one device.
+
+    Under ``jit`` on Auto axes several devices may hold it (they are seen, its partition is not): XLA then reduces it.
+
+    Raises:
+        ValueError: it is seen to be held by several devices, each of which should have a row.
+    """
+    if not isinstance(array, jax.Array):
+        return True
+    if is_traced(array):
+        mesh = jax.typeof(array).sharding.mesh
+        devices = 1 if mesh.empty else mesh.size
+        if devices > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types):
+            return False
+    else:
+        devices = len(array.sharding.device_set)
+    if devices > 1:
+        raise ValueError(
+            f"metrics.update(): {name!r} lives on {devices} devices, and this object has one row, on one device.\n"
+            "  Give each device a row: DistributedMetrics({...}, mesh=mesh), or make the object under "
+            "jax.set_mesh(mesh)."
+        )
+    return True
+
+
+def _check_varying(plan: Plan, name: str, feed: Feed, arrays: list[Value], situation: Situation) -> None:
+    """In mapped code, where types show it: what is the same on all devices must not be counted by each.
+
+    Raises:
+        ValueError: a copy would be counted once per device, or a device's values have no row of their own.
+    """
+    rows = frozenset(situation.view.mapped)
+
+    def varies(source: Source | None) -> frozenset[str]:
+        array = None if source is None else arrays[source.index]
+        return varying_axes(array) if isinstance(array, jax.Array) else frozenset()
+
+    def given(source: Source) -> bool:
+        return isinstance(arrays[source.index], jax.Array)
+
+    over = [varies(value) | varies(weight) for value, weight in zip(feed.inputs, feed.weights, strict=True)]
+    beyond = frozenset().union(*over) - situation.rows_vary
+    if beyond:
+        raise ValueError(
+            f"metrics.update(): {name!r} differs over {sorted(beyond)}, and the rows spread over "
+            f"{situation.layout.axes} only: devices that share a row saw different values.\n"
+            f"  Reduce it first, lax.pmean(x, {sorted(beyond)[0]!r}), or give these devices rows: "
+            "DistributedMetrics({...}, axis_name=...)"
+        )
+    copies = [sorted(rows - o) for o, source in zip(over, feed.inputs, strict=True) if given(source) and rows - o]
+    counted = [plan.metrics[i] for i in feed.metrics if plan.metrics[i].accumulator.counts_copies]
+    if counted and copies:
+        raise ValueError(
+            f"metrics.update(): {name!r} is the same on all devices along {copies[0]}: already reduced, or made "
+            f"the same everywhere. Its {counted[0].accumulator.label()} would count it once per device.\n"
+            "  Give each device's own value, before psum or pmean. To count a constant once per device: a Python "
+            f'number, or jax.lax.pcast(x, {tuple(copies[0])}, to="varying").'
+        )
+    arrays_over = [o & rows for o, source in zip(over, feed.inputs, strict=True) if given(source)]
+    if len(set(arrays_over)) > 1:
+        parts = plan.metrics[feed.metrics[0]].accumulator.inputs
+        raise ValueError(
+            f"metrics.update(): of {name!r}, {parts[0]} differs over {sorted(arrays_over[0])} and {parts[1]} over "
+            f"{sorted(arrays_over[1])}: one is already reduced.\n  Give each device's own, of both."
+        )
+
+
+def _on_device(array: Value, situation: Situation) -> Value:
+    """Host numbers, and weights from elsewhere, on the devices: put there explicitly, for ``jax.transfer_guard``."""
+    if not situation.eager:
+        return array
+    if not situation.view.global_axes:
+        return array if isinstance(array, jax.Array) else jax.device_put(array)
+    mesh = _concrete_mesh(situation)
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh:
+        return array
+    return jax.device_put(array, NamedSharding(mesh, P()))

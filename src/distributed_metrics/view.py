@@ -1,0 +1,216 @@
+"""Where this code runs: which axes are mapped here, which rows this program sees, and how a value is laid out.
+
+There is one way to accumulate: every device merges what it sees into its own row. Code that is already mapped over the
+devices (``shard_map``, ``pmap``) does just that; code with a global view (eager, ``jit``) enters a ``shard_map`` first.
+A ``View`` says which of the two, and over which axes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the accumulators of an object live: a static attribute of it.
+
+    Attributes:
+        mesh: the mesh, or None for a single row on whatever device the values are.
+        axes: the mesh axes that rows spread over.
+    """
+
+    mesh: AnyMesh | None
+    axes: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are: one for each position along ``axes``."""
+        return axes_size(self.mesh, self.axes) if self.mesh is not None else 1
+
+    @property
+    def row_spec(self) -> PartitionSpec:
+        """The partition of the leading dim of every accumulator."""
+        return PartitionSpec(self.axes)
+
+
+@dataclass(frozen=True)
+class View:
+    """What the code that runs now sees of a layout.
+
+    Attributes:
+        mapped: the axes of the rows that are mapped here: each device sees its own values.
+        spread: the axes of the rows that are not: a ``shard_map`` goes over these (and the mesh's other axes).
+        mesh: the mesh for that ``shard_map``; None where the mesh of the context is to be used.
+        others: axes of the mesh that are neither mapped here nor spread over by rows.
+        explicit: whether the types of arrays show their sharding here.
+        row_dim: whether an accumulator has its leading dim: ``pmap`` takes it away.
+    """
+
+    mapped: tuple[str, ...] = ()
+    spread: tuple[str, ...] = ()
+    mesh: AnyMesh | None = None
+    others: tuple[str, ...] = ()
+    explicit: bool = False
+    row_dim: bool = True
+
+    @property
+    def global_axes(self) -> tuple[str, ...]:
+        """The axes of the ``shard_map`` that a global view enters; empty where there is none to enter."""
+        return self.spread + self.others if self.spread else ()
+
+
+def axes_size(mesh: AnyMesh, axes: Iterable[str]) -> int:
+    """How many positions a mesh has along some axes."""
+    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=np.int64))
+
+
+def make_layout(mesh: AnyMesh | None, axis_name: str | Iterable[str] | None) -> Layout:
+    """The layout that the arguments of ``DistributedMetrics`` ask for.
+
+    Raises:
+        TypeError: ``mesh`` is no mesh.
+        ValueError: an axis that the mesh does not have.
+    """
+    if mesh is None:
+        mesh = _context_mesh()
+        if mesh is None:
+            return Layout(None, ())
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"DistributedMetrics(mesh=...) takes a jax.sharding.Mesh, got {type(mesh).__name__}: {mesh!r}.\n"
+            '  For example: mesh=jax.make_mesh((jax.device_count(),), ("data",))'
+        )
+    axes = mesh.axis_names if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    unknown = [axis for axis in axes if axis not in mesh.axis_names]
+    if unknown or not axes or len(set(axes)) != len(axes):
+        raise ValueError(
+            f"DistributedMetrics(axis_name={axis_name!r}): the mesh has the axes {mesh.axis_names}.\n"
+            f"  Name one or some of them, each once, or leave axis_name out to use all."
+        )
+    return Layout(mesh, tuple(axes))
+
+
+def _context_mesh() -> AnyMesh | None:
+    """The mesh of ``jax.set_mesh``, or that of the ``shard_map`` this runs in; None where there is neither."""
+    abstract = jax.sharding.get_abstract_mesh()
+    if abstract.empty:
+        return None
+    if abstract.manual_axes:
+        return AbstractMesh(abstract.axis_sizes, abstract.axis_names)
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # in a trace only the abstract mesh is known
+        return abstract
+
+
+def look(layout: Layout, rows: Any, dims: int) -> View:
+    """What the code that runs now sees.
+
+    Args:
+        layout: of the object.
+        rows: the array of one of its tables: concrete or traced.
+        dims: how many dims that array has, the row dim included, without dims that ``vmap`` put in front.
+
+    Raises:
+        ValueError: the rows are not split as the mapped code asks for.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    if context.manual_axes:
+        return _look_mapped(layout, rows, dims, context)
+    if rows.ndim < dims:
+        raise ValueError(
+            "DistributedMetrics: the accumulators came here without their row dim: shape "
+            f"{rows.shape}, {layout.rows} row(s) expected.\n"
+            "  vmap over them only makes populations: make the object under jax.vmap (or nnx.vmap), not its rows."
+        )
+    if layout.mesh is None:
+        return View()
+    known: AnyMesh
+    mesh: AnyMesh | None
+    if not context.empty and all(context.shape.get(a) == layout.mesh.shape[a] for a in layout.mesh.axis_names):
+        known, mesh = context, None
+    else:
+        known = mesh = layout.mesh if isinstance(layout.mesh, Mesh) else _mesh_of(rows, layout)
+    return View(
+        spread=layout.axes,
+        mesh=mesh,
+        others=tuple(axis for axis in known.axis_names if axis not in layout.axes),
+        explicit=all(kind == AxisType.Explicit for kind in known.axis_types),
+    )
+
+
+def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) -> View:
+    manual = tuple(context.manual_axes)
+    if rows.ndim < dims:  # pmap took the row dim away
+        return View(mapped=manual, row_dim=False)
+    here = rows.shape[rows.ndim - dims]
+    if layout.mesh is None:
+        raise ValueError(
+            f"DistributedMetrics: this object has one row, and here {axes_size(context, manual)} devices are mapped "
+            f"over {manual}: they would overwrite each other.\n"
+            "  Give each a row: DistributedMetrics({...}, mesh=mesh), split over the devices on the way in "
+            f"(shard_map: in_specs=P({', '.join(map(repr, manual))}); pmap: in_axes=0)."
+        )
+    mapped = tuple(axis for axis in layout.axes if axis in manual)
+    spread = tuple(axis for axis in layout.axes if axis not in manual)
+    expected = layout.rows // axes_size(context, mapped)
+    elsewhere = any(axis not in context.axis_names for axis in spread)
+    if elsewhere and here != layout.rows:
+        raise ValueError(
+            f"DistributedMetrics: the rows spread over the axes {layout.axes}, and the axes mapped here are {manual}.\n"
+            f"  Map over the same axes, or give the object the mesh of these: DistributedMetrics({{...}}, mesh=mesh)"
+        )
+    if elsewhere or here != expected:
+        shown = ", ".join(map(repr, layout.axes))
+        raise ValueError(
+            f"DistributedMetrics: {here} rows of the accumulators entered code that is mapped over {manual}; each "
+            f"device owns {layout.rows // axes_size(context, manual) if elsewhere else expected} of {layout.rows}.\n"
+            f"  Probably they came in whole: in_specs=P(). Split them: in_specs=P(({shown},)), and out_specs the same "
+            "(pmap: in_axes=0)."
+        )
+    others = tuple(axis for axis in context.axis_names if axis not in manual and axis not in spread)
+    kinds = [kind for axis, kind in zip(context.axis_names, context.axis_types, strict=True) if axis not in manual]
+    return View(mapped, spread, None, others, bool(spread) and all(kind == AxisType.Explicit for kind in kinds))
+
+
+def _mesh_of(rows: Any, layout: Layout) -> AnyMesh:
+    """The mesh on which rows lie whose object was made in a trace, where only an abstract mesh was known."""
+    sharding = jax.typeof(rows).sharding if is_traced(rows) else rows.sharding
+    if isinstance(sharding, NamedSharding) and all(axis in sharding.mesh.axis_names for axis in layout.axes):
+        return sharding.mesh
+    assert layout.mesh is not None
+    return layout.mesh
+
+
+def mapped_axes() -> tuple[str, ...]:
+    """The axes that ``shard_map`` or ``pmap`` maps over here."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether ``x`` is an array of a program that is being traced."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mapped axes over which the type of ``x`` varies; none where types do not show it (``check_vma=False``)."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes that a partition names."""
+    axes: list[str] = []
+    for entry in spec:
+        axes.extend((entry,) if isinstance(entry, str) else entry or ())
+    return tuple(axes)
+
+
+def full_spec(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    """A partition with an entry for every dim."""
+    return PartitionSpec(*spec, *(None,) * (ndim - len(spec)))

@@ -1,0 +1,386 @@
+"""Every mistake has its own text, beside the mistake that brings it up; and nothing accumulated is lost."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distributed_metrics import Accumulator, DistributedMetrics, Max, Mean
+from ways import make_mesh
+
+
+class NoContribution(Accumulator):
+    pass
+
+
+class OddFields(Accumulator):
+    fields = {"total": "sum"}
+
+    def contribution(self, batch):
+        return {"totl": batch.sum()}
+
+
+class OddShape(Accumulator):
+    fields = {"total": "sum"}
+
+    def contribution(self, batch):
+        return {"total": batch.elements}
+
+
+class OddMerge(Accumulator):
+    fields = {"total": "median"}
+
+
+class Unhashable(Mean):
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "text"),
+    [
+        ({"": "mean"}, ValueError, "a metric's name is empty ('')"),
+        ({" ": "mean"}, ValueError, "a metric's name is empty (' ')"),
+        ({"a": {"": "mean"}}, ValueError, "a metric's name is empty ('') in ['a']"),
+        ({1: "mean"}, TypeError, "a metric's name must be a string, got 1 (int).\n  For example: '1'"),
+        ({"a\nb": "mean"}, ValueError, "holds the control character '\\n', which could forge lines in a log"),
+        ({"a\x1b[31m": "mean"}, ValueError, "holds the control character '\\x1b'"),
+        ({"a\u2028": "mean"}, ValueError, "holds the control character '\\u2028'"),
+        (
+            {"a/b": "mean", "a": {"b": "sum"}},
+            ValueError,
+            "two metrics flatten to one name, 'a/b': ['a/b'] and ['a']['b'].\n  Rename one of them.",
+        ),
+        ({"a": ("mean", "mean")}, ValueError, "two metrics flatten to one name, 'a/mean'"),
+        ({"a": ("mean", "max"), "a/mean": "sum"}, ValueError, "two metrics flatten to one name, 'a/mean'"),
+        ({"a/b": ("mean", "max"), "a": {"b": "sum"}}, ValueError, "two metrics flatten to one name, 'a/b'"),
+        (
+            {"loss": "maen"},
+            ValueError,
+            "['loss'] asks for 'maen', which is no known operation.\n  Known: 'mean', 'sum', 'count', 'max', 'min', "
+            "'ratio'. Did you mean 'mean'?",
+        ),
+        ({"loss": 3}, TypeError, "['loss'] is 3 (int), which cannot be accumulated.\n  Give one of 'mean'"),
+        ({"loss": None}, TypeError, "['loss'] is None (NoneType), which cannot be accumulated"),
+        ({"loss": Mean}, TypeError, "['loss'] is the class Mean, not an accumulator.\n  Make one: Mean()"),
+        ({"loss": ()}, ValueError, "['loss'] is an empty tuple: nothing to accumulate"),
+        ({"loss": ("mean", "ratio")}, ValueError, "'loss' is accumulated both as mean and as ratio"),
+        ({"loss": ("mean", Max(shape=(3,)))}, ValueError, "both as mean and as max[3], which take different values"),
+        ({"loss": OddMerge()}, ValueError, "OddMerge: unknown merges {'total': 'median'}.\n  Known: 'sum', 'max'."),
+        ({"loss": Unhashable()}, TypeError, "the accumulator of ['loss'] cannot be hashed"),
+        (["loss"], TypeError, "takes a dict of names to what is accumulated, not list"),
+        ("loss", TypeError, 'For example: DistributedMetrics({"loss": "mean", "tokens": "sum"})'),
+    ],
+)
+def test_a_bad_spec_is_an_error(spec, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        DistributedMetrics(spec)
+
+
+def test_a_bad_mesh_axis_or_policy_is_an_error():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    with pytest.raises(ValueError, match=r"axis_name='batch'\): the mesh has the axes \('data', 'model'\)"):
+        DistributedMetrics({"x": "mean"}, mesh=mesh, axis_name="batch")
+    with pytest.raises(ValueError, match="each once"):
+        DistributedMetrics({"x": "mean"}, mesh=mesh, axis_name=("data", "data"))
+    with pytest.raises(TypeError, match=r"takes a jax.sharding.Mesh, got int: 8.\n  For example: mesh=jax.make_mesh"):
+        DistributedMetrics({"x": "mean"}, mesh=8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="nan_policy='drop'"):
+        DistributedMetrics({"x": "mean"}, nan_policy="drop")
+
+
+ONES = np.ones((4, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("values", "kwargs", "error", "text"),
+    [
+        (
+            {"lss": 1.0},
+            {},
+            ValueError,
+            "metrics.update() got 'lss', which this object does not accumulate.\n"
+            "  It accumulates: 'loss', 'train/acc', 'ratio', 'vector'. Did you mean 'loss'?\n"
+            '  To add it: DistributedMetrics({..., "lss": "mean"})',
+        ),
+        ({"weights": 1.0}, {}, ValueError, "got 'weights', which this object does not accumulate"),
+        ({"weights": 1.0}, {}, ValueError, "Did you mean the argument weight=?"),
+        ({"train": {"ac": 1.0}}, {}, ValueError, "got 'train/ac', which this object does not accumulate"),
+        ({"train": 1.0}, {}, ValueError, "got 'train', which this object does not accumulate"),
+        ({"train/acc": 1.0, "train": {"acc": 1.0}}, {}, ValueError, "metrics.update() got 'train/acc' twice."),
+        (1.0, {}, TypeError, "metrics.update() takes a dict of names to values, got float"),
+        ({"loss": "high"}, {}, TypeError, "the value of 'loss' is no number: a str: 'high'."),
+        ({"loss": None}, {}, TypeError, "the value of 'loss' is no number: a NoneType: None."),
+        ({"loss": [1.0, 2.0]}, {}, TypeError, "of a list make one: jnp.asarray(...)"),
+        ({"loss": np.array(["a"])}, {}, TypeError, "the value of 'loss' is no number: an array of <U1"),
+        ({"loss": jax.random.key(0)}, {}, TypeError, "the value of 'loss' is no number: an array of key"),
+        ({"loss": 1j}, {}, TypeError, "the value of 'loss' is complex (complex128)"),
+        (
+            {"loss": jnp.ones(3, jnp.complex64)},
+            {},
+            TypeError,
+            "Give its magnitude, jnp.abs(x), or its real part, x.real",
+        ),
+        ({"loss": ONES}, {"weight": "no"}, TypeError, "the weight of 'loss' is no number"),
+        ({"loss": ONES}, {"weight": 1j}, TypeError, "the weight of 'loss' is complex"),
+        (
+            {"loss": ONES},
+            {"weight": np.ones(3)},
+            ValueError,
+            "the weight of 'loss' has shape (3,), and its value has shape (4, 3): they do not align.\n  Weights align "
+            "with the leading dims of a value; a dim of size 1 is stretched. Probably: weight[None, ...]",
+        ),
+        (
+            {"loss": ONES},
+            {"weight": np.ones((4, 3, 1))},
+            ValueError,
+            "has shape (4, 3, 1), and its value has shape (4, 3)",
+        ),
+        (
+            {"loss": ONES, "train": {"acc": 1.0}},
+            {"weight": np.ones(4)},
+            ValueError,
+            "the weight of 'train/acc' has shape (4,), and its value has shape (): they do not align.\n  Weights align "
+            "with the leading dims of a value; a dim of size 1 is stretched. Give weights by name",
+        ),
+        ({"loss": ONES}, {"weight": {"lss": ONES}}, ValueError, "metrics.update(weight=) got 'lss', which this object"),
+        ({"loss": ONES}, {"spec": {"lss": P()}}, ValueError, "metrics.update(spec=) got 'lss', which this object"),
+        ({"vector": np.ones((4, 3))}, {}, ValueError, "'vector' has shape (4, 3), and Mean(shape=(2,)) takes (..., 2)"),
+        (
+            {"vector": np.ones((4, 2))},
+            {"weight": np.ones((4, 2))},
+            ValueError,
+            "the weight of 'vector' has shape (4, 2)",
+        ),
+        (
+            {"ratio": 1.0},
+            {},
+            ValueError,
+            "'ratio' is accumulated as ratio, whose value is (numerator, denominator); got float",
+        ),
+        ({"ratio": (1.0, 2.0, 3.0)}, {}, ValueError, "got 3 parts.\n  For example: metrics.update({'ratio': (loss_sum"),
+        ({"ratio": (1.0, "x")}, {}, TypeError, "the value of 'ratio (denominator)' is no number"),
+    ],
+)
+@pytest.mark.parametrize("where", ["eager", "jit"])
+def test_a_bad_update_is_an_error_and_changes_nothing(values, kwargs, error, text, where):
+    metrics = DistributedMetrics(
+        {"loss": "mean", "train": {"acc": "mean"}, "ratio": "ratio", "vector": Mean(shape=(2,))}
+    )
+    metrics.update(loss=3.0, train={"acc": 5.0})
+    update = (
+        (lambda m: m.update(values, **kwargs)) if where == "eager" else nnx.jit(lambda m: m.update(values, **kwargs))
+    )
+    with pytest.raises(error, match=re.escape(text)):
+        update(metrics)
+    assert metrics.compute().flatten() == {"loss": 3.0, "train/acc": 5.0}
+
+
+@pytest.mark.parametrize("method", ["update", "compute", "flush", "reset"])
+def test_a_stateless_object_has_no_accumulators(method):
+    metrics = DistributedMetrics()
+    call = (lambda: metrics.update(loss=1.0)) if method == "update" else getattr(metrics, method)
+    with pytest.raises(ValueError, match=rf"metrics.{method}\(\): this object has no accumulators") as error:
+        call()
+    assert 'Say what to accumulate: DistributedMetrics({"loss": "mean"})' in str(error.value)
+    assert metrics.names == ()
+
+
+@pytest.mark.parametrize(
+    ("accumulator", "error", "text"),
+    [
+        (
+            NoContribution(),
+            NotImplementedError,
+            "NoContribution must say what a batch adds: def contribution(self, batch)",
+        ),
+        (
+            OddFields(),
+            ValueError,
+            "OddFields.contribution() returned the fields ['totl', 'weight'], and OddFields.fields",
+        ),
+        (
+            OddShape(),
+            ValueError,
+            "OddShape.contribution() returned 'total' of shape (2,), and the shape of OddShape is ()",
+        ),
+    ],
+)
+def test_an_accumulator_that_does_not_keep_its_word_is_an_error(accumulator, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        DistributedMetrics({"x": accumulator}).update(x=np.ones(2))
+
+
+# --- placement ---
+
+
+DATA = P("data")
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh({"data": 8}, explicit=False)
+
+
+def sharded(mesh, spec=DATA):
+    return jax.device_put(np.ones(16, np.float32), NamedSharding(mesh, spec))
+
+
+def test_one_row_and_a_value_on_several_devices_is_an_error(mesh):
+    metrics = DistributedMetrics({"x": "mean"})
+    text = r"'x' lives on 8 devices, and this object has one row.*\n.*mesh=mesh.*jax.set_mesh"
+    for value in (sharded(mesh), sharded(mesh, P())):
+        with pytest.raises(ValueError, match=text):
+            metrics.update(x=value)
+    explicit = make_mesh({"data": 8}, explicit=True)
+    with pytest.raises(ValueError, match=text):
+        nnx.jit(lambda m, x: m.update(x=x))(metrics, sharded(explicit))
+    assert metrics.compute().flatten() == {}
+
+
+def test_a_value_on_other_devices_is_an_error_that_names_both(mesh):
+    half = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    metrics = DistributedMetrics({"x": "mean"}, mesh=half)
+    with pytest.raises(ValueError, match="'x' lies on other devices than the accumulators") as error:
+        metrics.update(x=sharded(mesh))
+    assert str(mesh) in str(error.value)
+    assert str(half) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "text"),
+    [
+        (P("model"), ValueError, "'model' is no axis of the mesh; its axes are ('data',)"),
+        (P(None, None, "data"), ValueError, "'x' has shape (16,): 1 dims for 3 entries"),
+        ("data", TypeError, "'x' got 'data'; a spec is a jax.sharding.PartitionSpec"),
+    ],
+)
+@pytest.mark.parametrize("where", ["eager", "jit"])
+def test_a_spec_that_does_not_fit_is_an_error(mesh, spec, error, text, where):
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh)
+    update = lambda m, x: m.update(x=x, spec=spec)  # noqa: E731 (the two ways share it)
+    with pytest.raises(error, match=re.escape(text)):
+        (update if where == "eager" else nnx.jit(update))(
+            metrics, np.ones(16, np.float32) if where == "eager" else sharded(mesh)
+        )
+
+
+def test_a_spec_that_does_not_divide_is_an_error(mesh):
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh)
+    with pytest.raises(ValueError, match=r"'x' has shape \(15,\), and 15 is not divisible by 8"):
+        nnx.jit(lambda m, x: m.update(x=x[:15], spec=P("data")))(metrics, sharded(mesh))
+
+
+def test_a_spec_that_contradicts_an_explicit_value_is_an_error():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=True)
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh)
+    with pytest.raises(ValueError, match=r"was said to be partitioned as .*model.*, and its type says .*data.*"):
+        nnx.jit(lambda m, x: m.update(x=x, spec=P("model")))(metrics, sharded(mesh))
+    nnx.jit(lambda m, x: m.update(x=x, spec=P("data")))(metrics, sharded(mesh))
+    assert metrics.compute()["x"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["update", "compute", "flush", "reset"])
+def test_rows_that_enter_mapped_code_unsplit_are_an_error(mesh, method):
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh)
+
+    def call(metrics, x):
+        metrics.update(x=x) if method == "update" else getattr(metrics, method)()
+        return x
+
+    with pytest.raises(ValueError, match="8 rows of the accumulators entered code that is mapped over") as error:
+        nnx.shard_map(call, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))(metrics, sharded(mesh))
+    assert "Split them: in_specs=P(('data',))" in str(error.value)
+    with pytest.raises(ValueError, match="8 rows of the accumulators entered code that is mapped over"):
+        nnx.pmap(call, in_axes=(None, 0))(metrics, np.ones((8, 2)))
+    alone = DistributedMetrics({"x": "mean"})
+    with pytest.raises(ValueError, match="this object has one row, and here 8 devices are mapped over"):
+        nnx.shard_map(call, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))(alone, sharded(mesh))
+
+
+def test_other_axes_than_those_of_the_rows_are_an_error(mesh):
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh)
+    other = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = nnx.shard_map(
+        lambda m, x: (m.update(x=x), x)[1], mesh=other, in_specs=(P("batch"), P("batch")), out_specs=P("batch")
+    )
+    with pytest.raises(ValueError, match=r"spread over the axes .*, and the axes mapped here are") as error:
+        call(metrics, sharded(other, P("batch")))
+    assert "('batch',)" in str(error.value)
+    assert "data" in str(error.value)
+
+
+# --- already reduced values in mapped code ---
+
+
+def mapped(metrics, mesh, update):
+    def local(metrics, x):
+        update(metrics, x)
+        return x
+
+    program = nnx.shard_map(
+        local, mesh=mesh, in_specs=(P(mesh.axis_names), P(mesh.axis_names)), out_specs=P(mesh.axis_names)
+    )
+    return program(metrics, sharded(mesh, P(mesh.axis_names)))
+
+
+@pytest.mark.parametrize("spec", ["sum", "count", ("mean", "sum")], ids=str)
+@pytest.mark.parametrize(
+    "reduced",
+    [
+        lambda x: jax.lax.psum(x, ("data", "model")),
+        lambda x: jax.lax.pmean(x, "data"),
+        lambda x: jnp.ones(3),
+    ],
+    ids=["psum", "pmean-over-one-axis", "jnp.ones"],
+)
+def test_a_sum_of_an_already_reduced_value_is_an_error(spec, reduced):
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": spec}, mesh=mesh)
+    with pytest.raises(ValueError, match="'x' is the same on all devices along") as error:
+        mapped(metrics, mesh, lambda m, x: m.update(x=reduced(x)))
+    assert "would count it once per device" in str(error.value)
+    assert "jax.lax.pcast" in str(error.value)
+    assert metrics.compute().flatten() == {}
+
+
+def test_a_ratio_of_which_one_part_is_reduced_is_an_error():
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics = DistributedMetrics({"x": "ratio"}, mesh=mesh)
+    with pytest.raises(ValueError, match=r"of 'x', numerator differs over \['data'\] and denominator over \[\]"):
+        mapped(metrics, mesh, lambda m, x: m.update(x=(x, jax.lax.psum(x, "data"))))
+    mapped(metrics, mesh, lambda m, x: m.update(x=(jax.lax.psum(x, "data"), jax.lax.psum(2 * x, "data"))))
+    assert metrics.compute()["x"] == 0.5
+
+
+def test_what_may_be_the_same_on_all_devices_is_not_refused():
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics = DistributedMetrics({"m": ("mean", "max", "min"), "s": "sum", "c": "count", "p": "sum"}, mesh=mesh)
+
+    def update(metrics, x):
+        metrics.update(m=jax.lax.pmean(jnp.sum(x), "data"), s=3, c=1)
+        metrics.update(c=jnp.ones(2), weight=x > 0)
+        metrics.update(p=jax.lax.pcast(jnp.ones(()), ("data",), to="varying"))
+
+    mapped(metrics, mesh, update)
+    assert metrics.compute().flatten() == {
+        "m/mean": 2.0, "m/max": 2.0, "m/min": 2.0, "s": 24.0, "c": 8.0 + 16.0, "p": 8.0,
+    }  # fmt: skip
+
+
+def test_values_of_devices_that_share_a_row_are_an_error():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh, axis_name="data")
+
+    def local(metrics, x):
+        metrics.update(x=x)
+        return x
+
+    both = P(("data", "model"))
+    program = nnx.shard_map(local, mesh=mesh, in_specs=(P("data"), both), out_specs=both)
+    with pytest.raises(ValueError, match=r"'x' differs over \['model'\], and the rows spread over \('data',\) only"):
+        program(metrics, sharded(mesh, both))

@@ -1,0 +1,221 @@
+"""Threads, guards, traces within traces, other configurations: what surrounds an object while it lives."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distributed_metrics import DistributedMetrics, count_collectives
+from distributed_metrics.audit import compiled_text
+from ways import make_mesh
+
+SPEC = {"x": ("mean", "max"), "n": "sum"}
+
+
+@pytest.fixture(params=[False, True], ids=["auto", "explicit"])
+def mesh(request):
+    return make_mesh({"data": 8}, explicit=request.param)
+
+
+def test_nothing_is_transferred_implicitly(mesh):
+    x = jax.device_put(np.arange(16, dtype=np.float32), NamedSharding(mesh, P("data")))
+    scalar = jax.device_put(np.float32(2.0), NamedSharding(mesh, P()))
+    with jax.transfer_guard("disallow"):
+        metrics = DistributedMetrics(SPEC, mesh=mesh)
+        single = DistributedMetrics(SPEC)
+        metrics.update(x=x, n=scalar)
+        metrics.update(x=0.5, n=np.int64(3), weight={"x": 2.0})
+        metrics.update(x=np.ones(16), weight=np.ones(16, bool))
+        single.update(x=0.5, n=3)
+        nnx.jit(lambda m, x: m.update(x=x, n=1))(metrics, x)
+        assert metrics.compute().flatten() == {"x/mean": 257.0 / 50, "x/max": 15.0, "n": 6.0}
+        assert metrics.flush()["n"] == 6.0
+        assert single.flush()["n"] == 3.0
+        metrics.reset()
+
+
+def test_update_and_flush_do_not_wait_for_the_device():
+    """While the device is busy, update and flush return, and the snapshot is not ready."""
+    metrics = DistributedMetrics({"x": "mean"})
+
+    @jax.jit
+    def slow(x):
+        return jax.lax.fori_loop(0, 400, lambda i, x: jnp.tanh(x @ x), x)[0, 0]
+
+    x = jnp.eye(400)
+    metrics.update(x=slow(x))
+    metrics.flush()["x"]
+    busy = slow(x)
+    metrics.update(x=busy)
+    snapshot = metrics.flush()
+    was_ready = snapshot.is_ready() or busy.is_ready()
+    assert np.isfinite(snapshot["x"])
+    assert not was_ready
+    assert snapshot.is_ready()
+
+
+def test_threads_lose_nothing_and_count_nothing_twice(mesh):
+    metrics = DistributedMetrics({"x": ("sum", "count")}, mesh=mesh)
+    metrics.update(x=1.0)
+    windows = [metrics.flush()]
+    updates, threads = 200, 4
+
+    def work():
+        for _ in range(updates):
+            metrics.update(x=1.0)
+
+    def read():
+        for _ in range(50):
+            windows.append(metrics.flush())
+            metrics.compute().flatten()
+
+    running = [threading.Thread(target=work) for _ in range(threads)] + [threading.Thread(target=read)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(60)
+    windows.append(metrics.flush())
+    assert sum(window["x"]["sum"] for window in windows) == updates * threads + 1
+    assert sum(window["x"]["count"] for window in windows) == updates * threads + 1
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda metrics, x: jax.grad(lambda x: (metrics.update(x=x), x)[1])(x),
+        lambda metrics, x: nnx.value_and_grad(lambda x: (metrics.update(x=x), x)[1])(x),
+        lambda metrics, x: jax.vmap(lambda x: metrics.update(x=x))(x[None]),
+        lambda metrics, x: jax.lax.scan(lambda c, x: (metrics.update(x=x), (c, c))[1], 0, x[None])[0],
+        lambda metrics, x: jax.lax.cond(x > 0, lambda: metrics.update(x=x), lambda: None),
+        lambda metrics, x: jax.jit(lambda: metrics.update(x=1.0))(),
+        lambda metrics, x: jax.jit(lambda: metrics.reset())(),
+        lambda metrics, x: jax.jit(lambda: metrics.flush()["n"])(),
+    ],
+    ids=["grad", "value_and_grad", "vmap", "scan", "cond", "captured", "captured-reset", "captured-flush"],
+)
+@pytest.mark.parametrize("outer", [lambda f: f, nnx.jit], ids=["eager", "nnx.jit"])
+def test_an_update_inside_an_inner_trace_is_an_error_that_shows_the_way_out(transform, outer):
+    metrics = DistributedMetrics(SPEC)
+    metrics.update(x=3.0)
+    with pytest.raises(flax.errors.TraceContextError) as error:
+        outer(transform)(metrics, jnp.float32(1.0))
+    assert "the accumulators belong to an outer trace" in str(error.value)
+    assert "nnx.value_and_grad(loss_fn, has_aux=True)" in str(error.value)
+    assert metrics.compute().flatten() == {"x/mean": 3.0, "x/max": 3.0}
+
+
+def test_compute_inside_a_jitted_function_that_captured_the_object_is_a_constant_of_it():
+    metrics = DistributedMetrics(SPEC, mesh=make_mesh({"data": 8}, explicit=False))
+    metrics.update(x=3.0)
+    captured = jax.jit(lambda: metrics.compute()["x"]["mean"])
+    assert captured() == 3.0
+
+
+def test_an_object_with_a_mesh_is_garbage_collected():
+    import gc
+    import weakref
+
+    metrics = DistributedMetrics(SPEC)
+    metrics.update(x=1.0)
+    metrics.flush()
+    gone = weakref.ref(metrics)
+    del metrics
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_state_is_a_few_variables_whatever_the_number_of_metrics():
+    for k in (1, 20, 500):
+        metrics = DistributedMetrics({f"m{i}": "mean" for i in range(k)})
+        assert len(jax.tree.leaves(nnx.state(metrics))) == 1
+    metrics = DistributedMetrics({f"m{i}": ("mean", "sum", "max", "min", "count") for i in range(50)} | {"r": "ratio"})
+    assert len(jax.tree.leaves(nnx.state(metrics))) == 2
+
+
+def test_two_objects_of_equal_specs_share_compiled_programs():
+    traces = []
+
+    @nnx.jit
+    def step(metrics, x):
+        traces.append(1)
+        metrics.update(x=x)
+
+    for _ in range(3):
+        metrics = DistributedMetrics({"x": "mean"})
+        step(metrics, jnp.ones(3))
+        metrics.flush()
+        step(metrics, jnp.ones(3))
+        assert metrics.compute()["x"] == 1.0
+    assert len(traces) == 1
+
+
+def test_two_thousand_metrics_in_one_update():
+    spec = {f"layer{i:04}": {"norm": "mean"} for i in range(2000)}
+    metrics = DistributedMetrics(spec)
+    values = {name: {"norm": np.float32(i)} for i, name in enumerate(spec)}
+    nnx.jit(lambda m, v: m.update(v))(metrics, values)
+    flat = metrics.flush().flatten()
+    assert flat == {f"layer{i:04}/norm": float(i) for i in range(2000)}
+
+
+def test_print_shows_a_table_of_names_accumulators_rows_and_mesh(mesh):
+    shown = str(DistributedMetrics({"loss": "mean", "reward": ("max", "min")}, mesh=mesh))
+    assert shown == (
+        "DistributedMetrics, 8 rows over data of the mesh (data: 8)\n"
+        "  loss        mean\n  reward/max  max\n  reward/min  min"
+    )
+    assert "1 row" in repr(DistributedMetrics({"loss": "mean"}))
+    assert "stateless" in str(DistributedMetrics())
+    assert "loss" in str(nnx.eval_shape(lambda: DistributedMetrics({"loss": "mean"}, mesh=mesh)))
+
+
+def test_count_collectives_sees_those_of_any_program(mesh):
+    x = jax.device_put(np.arange(16, dtype=np.float32), NamedSharding(mesh, P("data")))
+    assert count_collectives(lambda x: jnp.sum(x), x) == {"all-reduce": 1}
+    assert count_collectives(jax.jit(lambda x: x * 2), x) == {}
+    mapped = jax.shard_map(
+        lambda x: (jax.lax.all_gather(x, "data", to="invarying"), jax.lax.ppermute(x, "data", [(0, 1)])),
+        mesh=mesh, in_specs=P("data"), out_specs=(P(), P("data")),
+    )  # fmt: skip
+    assert count_collectives(mapped, x) == {"all-gather": 1, "collective-permute": 1}
+    assert count_collectives(jax.pmap(lambda x: jax.lax.psum(x, "i"), axis_name="i"), np.ones((8, 2))) == {
+        "all-reduce": 1
+    }
+    many = jax.jit(lambda *xs: [jnp.sum(x) for x in xs])
+    assert count_collectives(many, *[x * i for i in range(9)])["all-reduce"] >= 1
+    assert "all-reduce" in compiled_text(
+        lambda x: jnp.sum(x), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    )
+
+
+HERE = pathlib.Path(__file__).parent
+FEW_WAYS = "eager-8-devices or explicit-2d or jax.shard_map-2d or jax.pmap"
+NUMBERS = "shape_and_dtype and jit or weighted or removes or million or exact or large or one_to_eight or numbers_count"
+
+
+@pytest.mark.parametrize(
+    ("environment", "files"),
+    [
+        ({"JAX_ENABLE_X64": "1"}, ["test_ways.py", "test_values.py"]),
+        ({"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}, ["test_values.py"]),
+    ],
+    ids=["x64", "fast-math"],
+)
+def test_the_numbers_are_the_same_in_other_configurations(environment, files):
+    chosen = f"({FEW_WAYS}) and float64_numpy or ({NUMBERS})"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
+    done = subprocess.run(
+        command, cwd=HERE, env=os.environ | environment, timeout=400, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout

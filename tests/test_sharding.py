@@ -1,0 +1,315 @@
+"""Values of any sharding: counted once in the global view, and never moved."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distributed_metrics import DistributedMetrics, count_collectives
+from distributed_metrics.audit import compiled_text
+from ways import make_mesh
+
+AXES = {"data": 2, "fsdp": 2, "context": 2, "tensor": 1, "expert": 1}
+SPEC = {"x": ("mean", "sum", "max", "min"), "mask": ("mean", "count"), "integers": "sum"}
+SHAPE = (16, 8)
+rng = np.random.default_rng(0)
+X = rng.lognormal(size=SHAPE).astype(np.float32)
+MASK = rng.random(SHAPE) < 0.5
+WEIGHT = rng.random(SHAPE).astype(np.float32)
+INTEGERS = rng.integers(-(2**31), 2**31, SHAPE).astype(np.int32)
+
+SHARDINGS = [
+    P(("data", "fsdp"), "context"),
+    P("data"),
+    P(None, "context"),
+    P(("data", "fsdp", "context")),
+    P(("context", "data"), "fsdp"),
+    P(),
+]
+
+
+def step(metrics, x, mask, integers, weight, *, spec=None):
+    y = 2 * x - x  # an intermediate, whose sharding nobody states
+    metrics.update({"x": y, "mask": mask, "integers": integers}, weight={"x": weight}, spec=spec)
+
+
+def assert_right(flat, rel):
+    weight, x = WEIGHT.astype(np.float64), X.astype(np.float64)
+    assert flat["x/mean"] == pytest.approx((weight * x).sum() / weight.sum(), rel=rel)
+    assert flat["x/sum"] == pytest.approx((weight * x).sum(), rel=rel)
+    assert (flat["x/max"], flat["x/min"]) == (X.max(), X.min())
+    assert (flat["mask/mean"], flat["mask/count"]) == (MASK.mean(), MASK.size)
+    assert flat["integers"] == INTEGERS.sum(dtype=np.int64)
+
+
+def placed(mesh, spec):
+    return [jax.device_put(array, NamedSharding(mesh, spec)) for array in (X, MASK, INTEGERS, WEIGHT)]
+
+
+def collective_lines(text):
+    return [line for line in text.splitlines() if re.search(r"(all-|collective-|reduce-scatter)[a-z-]*\(", line)]
+
+
+@pytest.mark.parametrize("spec", SHARDINGS, ids=str)
+def test_explicit_axes_of_any_sharding_are_silent_and_counted_once(spec):
+    mesh = make_mesh(AXES, explicit=True)
+    metrics = DistributedMetrics(SPEC, mesh=mesh)
+    program = nnx.jit(step)
+    values = placed(mesh, spec)
+    program(metrics, *values)
+    assert_right(metrics.flush().flatten(), rel=2**-45)
+    assert count_collectives(program, metrics, *values) == {}
+
+
+@pytest.mark.parametrize("spec", SHARDINGS, ids=str)
+def test_auto_axes_with_spec_are_silent_and_counted_once(spec):
+    mesh = make_mesh(AXES, explicit=False)
+    metrics = DistributedMetrics(SPEC, mesh=mesh)
+    program = nnx.jit(lambda metrics, *values: step(metrics, *values, spec=spec))
+    values = placed(mesh, spec)
+    program(metrics, *values)
+    assert_right(metrics.flush().flatten(), rel=2**-45)
+    assert count_collectives(program, metrics, *values) == {}
+
+
+@pytest.mark.parametrize("spec", SHARDINGS, ids=str)
+def test_auto_axes_without_spec_reduce_to_accumulators_and_move_no_value(spec):
+    mesh = make_mesh(AXES, explicit=False)
+    metrics = DistributedMetrics(SPEC, mesh=mesh)
+    program = nnx.jit(step)
+    values = placed(mesh, spec)
+    program(metrics, *values)
+    assert_right(metrics.flush().flatten(), rel=3e-7)
+    assert set(count_collectives(program, metrics, *values)) <= {"all-reduce"}
+    for line in collective_lines(compiled_text(program, metrics, *values)):
+        types = line.split(" = ")[1].split(" all-reduce")[0]
+        shapes = re.findall(r"\[([\d,]*)\]", types)
+        assert shapes, line
+        assert all(shape == "" for shape in shapes), f"more than scalars is sent: {line}"
+
+
+@pytest.mark.parametrize("spec", SHARDINGS, ids=str)
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_eager_values_of_any_sharding_count_once(spec, explicit):
+    mesh = make_mesh(AXES, explicit)
+    metrics = DistributedMetrics(SPEC, mesh=mesh)
+    x, mask, integers, weight = placed(mesh, spec)
+    metrics.update({"x": x, "mask": mask, "integers": integers}, weight={"x": weight})
+    assert_right(metrics.flush().flatten(), rel=2**-45)
+
+
+def test_eager_values_from_elsewhere_count_once():
+    """One device of the mesh, another mesh on the same devices, the host; each in full, each once."""
+    mesh = make_mesh({"data": 8}, explicit=False)
+    other = make_mesh({"a": 2, "b": 4}, explicit=False)
+    metrics = DistributedMetrics({"x": ("sum", "count")}, mesh=mesh)
+    x = np.arange(24.0, dtype=np.float32)
+    for value in (
+        jnp.asarray(x),
+        jax.device_put(x, jax.devices()[3]),
+        jax.device_put(x, NamedSharding(other, P("a"))),
+        jax.device_put(x, NamedSharding(other, P())),
+        jax.pmap(lambda x: x)(x.reshape(8, 3)),
+        x,
+        x[:7],
+        jnp.float32(1.0),
+        2,
+    ):
+        metrics.update(x=value)
+        size = np.size(value)
+        snapshot = metrics.flush()
+        assert snapshot["x"] == {"sum": float(np.sum(np.asarray(value, np.float64))), "count": size}
+
+
+@pytest.mark.parametrize("leading", [1, 3, 7, 9, 12])
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_leading_dims_that_the_rows_do_not_divide_count_once(leading, explicit):
+    mesh = make_mesh({"data": 8}, explicit)
+    metrics = DistributedMetrics({"x": ("sum", "count", "max")}, mesh=mesh)
+    x = jax.device_put(np.arange(leading * 5, dtype=np.float32).reshape(leading, 5), NamedSharding(mesh, P()))
+    nnx.jit(lambda m, x: m.update(x=x))(metrics, x)
+    metrics.update(x=x)
+    assert metrics.compute()["x"] == {"sum": 2 * float(x.sum()), "count": 10 * leading, "max": 5 * leading - 1}
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_replicated_values_scalars_and_constants_count_once_in_the_global_view(explicit):
+    mesh = make_mesh({"data": 4, "model": 2}, explicit)
+    metrics = DistributedMetrics({"a": "sum", "b": "sum", "c": "sum", "d": "count"}, mesh=mesh)
+    x = jax.device_put(np.ones(16, np.float32), NamedSharding(mesh, P("data")))
+
+    @nnx.jit
+    def program(metrics, x):
+        metrics.update(a=jnp.sum(x), b=0.1, c=np.int64(2**40), d=np.ones((3, 5)))
+
+    program(metrics, x)
+    program(metrics, x)
+    snapshot = metrics.flush()
+    assert snapshot["b"] == pytest.approx(0.2, rel=2**-45)
+    assert (snapshot["a"], snapshot["c"], snapshot["d"]) == (32.0, 2.0**41, 30.0)
+
+
+def test_axis_name_spreads_rows_over_some_axes_only():
+    """Devices along the other axes share a row: what they hold alike counts once, what they share out is merged."""
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=True)
+    metrics = DistributedMetrics({"x": ("sum", "max")}, mesh=mesh, axis_name="data")
+    assert [v.shape[0] for v in jax.tree.leaves(nnx.state(metrics))] == [4, 4]
+    for spec in (P("data"), P("data", "model"), P(None, "model"), P()):
+        x = jax.device_put(X, NamedSharding(mesh, spec))
+        nnx.jit(lambda m, x: m.update(x=x))(metrics, x)
+        metrics.update(x=x)
+        total = X.sum(dtype=np.float64)
+        assert metrics.flush()["x"] == {"sum": pytest.approx(2 * total, rel=2**-45), "max": X.max()}
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    assert count_collectives(nnx.jit(lambda m, x: m.update(x=x)), metrics, x) == {}
+
+
+def test_ratio_parts_may_be_sharded_differently():
+    mesh = make_mesh({"data": 8}, explicit=True)
+    metrics = DistributedMetrics({"r": "ratio"}, mesh=mesh)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    nnx.jit(lambda m, x: m.update(r=(x, jnp.float32(100.0))))(metrics, x)
+    metrics.update(r=(x, 100))
+    snapshot = metrics.flush()
+    assert snapshot["r"] == pytest.approx(X.sum(dtype=np.float64) / 100, rel=2**-45)
+    assert snapshot.count["r"] == 200
+
+
+def test_partly_mapped_code_spreads_over_the_axes_that_are_left():
+    """A shard_map over some axes only: each of its devices' values count, and once along the others."""
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": ("sum", "count")}, mesh=mesh)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+
+    @jax.jit
+    def program(metrics, x):
+        graphdef, state = nnx.split(metrics)
+
+        def local(state, x):
+            inner = nnx.merge(graphdef, state)
+            inner.update(x=jnp.sum(x))
+            inner.update(x=x, spec=P(None, "model"))
+            return nnx.state(inner)
+
+        state = jax.shard_map(
+            local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"), axis_names={"data"}
+        )(state, x)
+        return nnx.merge(graphdef, state)
+
+    metrics = program(metrics, x)
+    assert metrics.flush()["x"] == {"sum": pytest.approx(2 * X.sum(dtype=np.float64), rel=1e-6), "count": 4 + X.size}
+
+
+def test_mesh_is_that_of_set_mesh_eagerly_and_in_a_trace():
+    mesh = make_mesh({"data": 8}, explicit=True)
+    with jax.set_mesh(mesh):
+        outside = DistributedMetrics({"x": "sum"})
+        inside = nnx.jit(lambda: DistributedMetrics({"x": "sum"}))()
+    for metrics in (outside, inside):
+        (rows,) = jax.tree.leaves(nnx.state(metrics))
+        assert rows.sharding.spec[0] == "data"
+        metrics.update(x=jax.device_put(X, NamedSharding(mesh, P("data"))))
+        assert metrics.flush()["x"] == pytest.approx(X.sum(dtype=np.float64), rel=2**-45)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_made_inside_a_shard_map(explicit, check_vma):
+    mesh = make_mesh({"data": 4, "model": 2}, explicit)
+    x = jax.device_put(X, NamedSharding(mesh, P(("data", "model"))))
+
+    def local(x):
+        metrics = DistributedMetrics({"x": ("sum", "max")})
+        jax.lax.fori_loop(0, 1, lambda i, m: (m.update(x=x), m)[1], metrics)
+        metrics.update(x=x)
+        return metrics, metrics.compute()
+
+    both = P(("data", "model"))
+    program = jax.shard_map(local, mesh=mesh, in_specs=both, out_specs=(both, P()), check_vma=check_vma)
+    metrics, snapshot = jax.jit(program)(x)
+    wanted = {"sum": pytest.approx(X.sum(dtype=np.float64), rel=2**-45), "max": X.max()}
+    assert snapshot["x"] == wanted
+    assert metrics.compute()["x"] == wanted
+    metrics.update(x=x)
+    nnx.jit(lambda m, x: m.update(x=x, spec=None if explicit else both))(metrics, x)
+    assert metrics.flush()["x"]["sum"] == pytest.approx(3 * X.sum(dtype=np.float64), rel=2**-45)
+    assert metrics.flush()["x"]["sum"] == 0
+
+
+def test_annotations_give_shardings_without_touching_a_device():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    abstract = nnx.eval_shape(lambda: DistributedMetrics({"x": ("mean", "max")}, mesh=mesh))
+    specs: Any = nnx.get_partition_spec(nnx.state(abstract))
+    shapes = nnx.state(abstract)
+    variable: Any
+    for name, variable in shapes.items():
+        assert isinstance(variable.get_raw_value(), jax.ShapeDtypeStruct)
+        spec = P(("data", "model"), *(None,) * (len(variable.shape) - 1))
+        assert specs[name].get_raw_value() == spec
+        assert variable.get_raw_value().sharding == NamedSharding(mesh, spec)
+    states = nnx.state(abstract, nnx.metrics.MetricState)
+    assert len(states) == len(shapes) == 2
+
+
+def test_a_step_compiles_ahead_of_time_from_annotations_alone():
+    mesh = make_mesh({"data": 8}, explicit=False)
+    abstract = nnx.eval_shape(lambda: DistributedMetrics({"x": "mean"}, mesh=mesh))
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+
+    def program(metrics, x):
+        metrics.update(x=x)
+        return metrics
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    compiled = jax.jit(program).lower(abstract, shape).compile()
+    metrics = compiled(DistributedMetrics({"x": "mean"}, mesh=mesh), x)
+    metrics = compiled(metrics, x)
+    assert metrics.flush()["x"] == pytest.approx(X.mean(dtype=np.float64), rel=2**-45)
+
+
+def test_state_shardings_serve_as_in_and_out_shardings():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh)
+    graphdef, state = nnx.split(metrics)
+    shardings = nnx.get_named_sharding(state, mesh)
+    batch = NamedSharding(mesh, P("data"))
+
+    def program(state, x):
+        inner = nnx.merge(graphdef, state)
+        inner.update(x=x, spec=P("data"))
+        return nnx.state(inner)
+
+    jitted = jax.jit(program, in_shardings=(shardings, batch), out_shardings=shardings, donate_argnums=0)
+    state = jitted(state, jax.device_put(X, batch))
+    nnx.update(metrics, state)
+    assert metrics.flush()["x"] == pytest.approx(X.mean(dtype=np.float64), rel=2**-45)
+
+
+def test_mixed_axis_types_are_counted_once():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    metrics = DistributedMetrics({"x": ("sum", "count")}, mesh=mesh)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    nnx.jit(lambda m, x: m.update(x=x))(metrics, x)
+    assert metrics.flush()["x"] == {"sum": pytest.approx(X.sum(dtype=np.float64), rel=1e-6), "count": X.size}
+
+
+@pytest.mark.parametrize("shape", [(64,), (16, 4), ()], ids=str)
+def test_one_row_under_jit_on_auto_axes_reduces_and_moves_no_value(shape):
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics = DistributedMetrics({"x": ("mean", "max")})
+    values = np.random.default_rng(0).lognormal(size=shape).astype(np.float32)
+    x = jax.device_put(values, NamedSharding(mesh, P("data") if shape else P()))
+    program = nnx.jit(lambda m, x: m.update(x=2 * x - x))
+    program(metrics, x)
+    program(metrics, x)
+    assert metrics.compute()["x"] == {
+        "mean": pytest.approx(values.mean(dtype=np.float64), rel=3e-7),
+        "max": values.max(),
+    }
+    assert set(count_collectives(program, metrics, x)) <= {"all-reduce"}

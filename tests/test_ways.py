@@ -1,0 +1,165 @@
+"""The laws, over every way of running."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from distributed_metrics import count_collectives
+from ways import WAYS, Way
+
+SPEC = {
+    "loss": ("mean", "sum", "count", "max", "min"),
+    "train": {"accuracy": "mean", "ratio": "ratio"},
+    "integers": "sum",
+    "never": "mean",
+}
+BATCH = 32
+
+
+def batch(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "loss": rng.lognormal(size=BATCH).astype(np.float32),
+        "hits": rng.random(BATCH) < 0.7,
+        "tokens": rng.integers(1, 100, (BATCH, 3)).astype(np.int32),
+        "integers": rng.integers(-(2**31), 2**31, BATCH).astype(np.int32),
+        "mask": rng.random(BATCH) < 0.5,
+    }
+
+
+def update(metrics, values):
+    metrics.update(
+        {
+            "loss": values["loss"],
+            "train": {"accuracy": values["hits"], "ratio": (values["loss"], values["tokens"])},
+            "integers": values["integers"],
+        },
+        weight={"loss": values["mask"]},
+    )
+
+
+def expected(batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """The same in float64 NumPy over everything seen."""
+    seen = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+    loss = seen["loss"].astype(np.float64)
+    kept = loss[seen["mask"]]
+    return {
+        "loss/mean": kept.mean(),
+        "loss/sum": kept.sum(),
+        "loss/count": len(kept),
+        "loss/max": kept.max(),
+        "loss/min": kept.min(),
+        "train/accuracy": seen["hits"].mean(),
+        "train/ratio": loss.sum() / seen["tokens"].sum(),
+        "integers": seen["integers"].sum(dtype=np.int64),
+    }
+
+
+def assert_results(flat: dict[str, float], batches) -> None:
+    wanted = expected(batches)
+    assert flat.keys() == wanted.keys()
+    for name, number in wanted.items():
+        assert flat[name] == pytest.approx(number, rel=2**-45, abs=0), name
+    assert flat["integers"] == wanted["integers"]
+    assert all(type(number) is float for number in flat.values())
+
+
+def layout_of(metrics):
+    return [(x.shape, x.dtype, x.sharding.device_set) for x in jax.tree.leaves(nnx.state(metrics))]
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+def way(request) -> Way:
+    return request.param
+
+
+@pytest.fixture
+def in_scope(way):
+    with way.scope():
+        yield
+
+
+@pytest.mark.usefixtures("in_scope")
+class TestEveryWay:
+    def test_results_equal_float64_numpy_over_many_steps_and_windows(self, way):
+        metrics = way.make(SPEC)
+        traces = []
+
+        def body(m, v):
+            traces.append(1)
+            update(m, v)
+
+        run = way.step(way, body)
+        before = layout_of(metrics)
+        warm = 0
+        for window in range(3):
+            batches = [batch(10 * window + i) for i in range(4)]
+            for values in batches:
+                metrics, _ = run(metrics, way.place(values))
+            warm = warm or len(traces)
+            snapshot = metrics.flush()
+            assert_results(snapshot.flatten(), batches)
+            assert np.isnan(snapshot["never"])
+            assert snapshot.per_device("loss/count").sum() == snapshot.count["loss"]
+        assert layout_of(metrics) == before
+        if way.program:
+            assert len(traces) == warm, "the body was traced again after a flush"
+
+    def test_update_has_no_collective(self, way):
+        assert _collectives(way, update) == {}
+
+    def test_traced_compute_and_flush_cost_at_most_one_collective_and_agree_with_eager_ones(self, way):
+        if way.name.startswith("eager"):
+            return  # there compute() is not traced; see test_eager_flush_costs_no_collective
+        batches = [batch(i) for i in range(2)]
+        for method in ("compute", "flush"):
+            metrics = way.make(SPEC)
+            add, read = way.step(way, update), way.step(way, lambda m, v, method=method: getattr(m, method)())
+            metrics, _ = add(metrics, way.place(batches[0]))
+            metrics, _ = add(metrics, way.place(batches[1]))
+            eager = metrics.compute().flatten()
+            values = way.place(batches[0])
+            if way.program:
+                few = _collectives(way, lambda m, v, method=method: getattr(m, method)())
+                assert sum(few.values()) == (0 if way.axes is None else way.copies)
+            metrics, snapshot = read(metrics, values)
+            if way.stacked and method == "flush":
+                continue  # the second step of the scan flushes what the first one left: nothing
+            assert snapshot.flatten() == eager
+            assert_results(snapshot.flatten(), batches)
+            seen = metrics.compute().count["loss"]
+            assert seen == (0 if method == "flush" else eager["loss/count"])
+
+    def test_update_compute_and_flush_in_one_program_carry_their_types(self, way):
+        """A flush inside the step: the state keeps its shape, dtype and sharding, so nothing is traced again."""
+        metrics = way.make(SPEC)
+        traces = []
+
+        def body(m, v):
+            traces.append(1)
+            update(m, v)
+            m.reset()
+            update(m, v)
+            return m.flush()
+
+        run = way.step(way, body)
+        before, warm = layout_of(metrics), 0
+        for seed in range(4):
+            metrics, snapshot = run(metrics, way.place(batch(seed)))
+            half = {key: x[len(x) // 2 :] for key, x in batch(seed).items()} if way.stacked else batch(seed)
+            assert_results(snapshot.flatten(), [half])
+            warm = len(traces) if seed < 2 else warm  # pmap moves the state to a mesh of its own at first
+        assert layout_of(metrics) == before
+        if way.program:
+            assert len(traces) == warm
+
+
+def _collectives(way, body):
+    if not way.program:
+        return {}
+    metrics = way.make(SPEC)
+    run = way.step(way, body)
+    values = way.place(batch(0))
+    metrics, _ = run(metrics, values)
+    return count_collectives(run, metrics, values)
