@@ -55,7 +55,11 @@ class Unhashable(Mean):
             ValueError,
             "two metrics flatten to one name, 'a/b': ['a/b'] and ['a']['b'].\n  Rename one of them.",
         ),
-        ({"a": ("mean", "mean")}, ValueError, "two metrics flatten to one name, 'a/mean'"),
+        (
+            {"a": ("mean", "mean")},
+            ValueError,
+            "one name, 'a/mean': ['a']['mean'] and ['a']['mean'].\n  Once is enough.",
+        ),
         ({"a": ("mean", "max"), "a/mean": "sum"}, ValueError, "two metrics flatten to one name, 'a/mean'"),
         ({"a/b": ("mean", "max"), "a": {"b": "sum"}}, ValueError, "two metrics flatten to one name, 'a/b'"),
         (
@@ -154,7 +158,15 @@ ONES = np.ones((4, 3), np.float32)
             {"vector": np.ones((4, 2))},
             {"weight": np.ones((4, 2))},
             ValueError,
-            "the weight of 'vector' has shape (4, 2)",
+            "has shape (4, 2), and its value has shape (4, 2): they do not align.\n  The kept dims (2,) take no "
+            "weight: give one of shape (4,). For weights of their own, per class for example: Ratio(shape=(2,))",
+        ),
+        ({"loss": 1.0}, {"weight": {"train": 1}}, ValueError, "names 'train', and this call updates 'loss' only"),
+        (
+            {"loss": 1.0},
+            {"weight": {"train/acc": 1}},
+            ValueError,
+            "names 'train/acc', and this call updates 'loss' only",
         ),
         (
             {"ratio": 1.0},
@@ -213,6 +225,23 @@ def test_a_stateless_object_has_no_accumulators(method):
 def test_an_accumulator_that_does_not_keep_its_word_is_an_error(accumulator, error, text):
     with pytest.raises(error, match=re.escape(text)):
         DistributedMetrics({"x": accumulator}).update(x=np.ones(2))
+
+
+@pytest.mark.parametrize("name", ["weight", "spec"])
+def test_a_metric_with_the_name_of_an_argument_is_given_in_a_dict(name):
+    metrics = DistributedMetrics({name: "mean", "loss": "mean"})
+    with pytest.raises(ValueError, match=f"this object has a metric named '{name}'"):
+        metrics.update(loss=1.0, **{name: 2.0})
+    with pytest.raises(ValueError, match=f"this object has a metric named '{name}'"):
+        metrics.update(**{name: 2.0})
+    metrics.update({name: 2.0, "loss": 1.0}, weight=1)
+    assert metrics.compute().flatten() == {name: 2.0, "loss": 1.0}
+
+
+def test_one_of_stacked_windows_is_taken_by_tree_map():
+    snapshot = DistributedMetrics({"x": "mean"}).compute()
+    with pytest.raises(KeyError, match=r"take one: jax.tree.map\(lambda x: x\[0\], snapshot\)"):
+        snapshot[0]  # type: ignore[index]
 
 
 # --- placement ---
@@ -294,7 +323,7 @@ def test_rows_that_enter_mapped_code_unsplit_are_an_error(mesh, method):
 
     with pytest.raises(ValueError, match="8 rows of the accumulators entered code that is mapped over") as error:
         nnx.shard_map(call, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))(metrics, sharded(mesh))
-    assert "Split them: in_specs=P(('data',))" in str(error.value)
+    assert "Split them over all their axes: in_specs=P(('data',))" in str(error.value)
     with pytest.raises(ValueError, match="8 rows of the accumulators entered code that is mapped over"):
         nnx.pmap(call, in_axes=(None, 0))(metrics, np.ones((8, 2)))
     alone = DistributedMetrics({"x": "mean"})

@@ -98,14 +98,26 @@ def test_threads_lose_nothing_and_count_nothing_twice(mesh):
         lambda metrics, x: jax.lax.scan(lambda c, x: (metrics.update(x=x), (c, c))[1], 0, x[None])[0],
         lambda metrics, x: jax.lax.cond(x > 0, lambda: metrics.update(x=x), lambda: None),
         lambda metrics, x: jax.jit(lambda: metrics.update(x=1.0))(),
+        lambda metrics, x: jax.jit(lambda x: metrics.update(x=x))(x),
         lambda metrics, x: jax.jit(lambda: metrics.reset())(),
         lambda metrics, x: jax.jit(lambda: metrics.flush()["n"])(),
     ],
-    ids=["grad", "value_and_grad", "vmap", "scan", "cond", "captured", "captured-reset", "captured-flush"],
+    ids=[
+        "grad",
+        "value_and_grad",
+        "vmap",
+        "scan",
+        "cond",
+        "captured",
+        "captured-traced",
+        "captured-reset",
+        "captured-flush",
+    ],
 )
 @pytest.mark.parametrize("outer", [lambda f: f, nnx.jit], ids=["eager", "nnx.jit"])
-def test_an_update_inside_an_inner_trace_is_an_error_that_shows_the_way_out(transform, outer):
-    metrics = DistributedMetrics(SPEC)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_an_update_inside_an_inner_trace_is_an_error_that_shows_the_way_out(transform, outer, rows):
+    metrics = DistributedMetrics(SPEC, mesh=make_mesh({"data": 8}, explicit=False) if rows == 8 else None)
     metrics.update(x=3.0)
     with pytest.raises(flax.errors.TraceContextError) as error:
         outer(transform)(metrics, jnp.float32(1.0))

@@ -231,7 +231,7 @@ def test_packing_keeps_over_which_other_axes_a_result_varies(name):
 
 
 def test_what_is_the_same_along_the_reduced_axis_shares_a_buffer():
-    program = shard_mapped(lambda x: reduce_sum({"own": x, "same": jnp.ones(2), "also own": 2 * x}))
+    program = shard_mapped(lambda x: reduce_sum({"own": x, "same": jnp.ones(2, jnp.float32), "also own": 2 * x}))
     x = np.arange(8, dtype=np.float32)
     result = program(x)
     np.testing.assert_array_equal(result["same"], [8.0, 8.0])
@@ -372,6 +372,7 @@ def test_custom_reduces_a_number_only_if_it_is_named():
     assert jax.tree.map(lambda x: x.tolist(), result) == {"samples": 32, "numpy": 40, "flag": True, "ratio": 0.25}
 
 
+@pytest.mark.skipif(jnp.asarray(1).dtype == np.int64, reason="there it fits")
 def test_custom_refuses_a_number_that_does_not_fit():
     for number in (2**40, np.int64(2**40)):
         with pytest.raises(OverflowError, match="1099511627776"):

@@ -127,12 +127,15 @@ def test_a_snapshot_outlives_updates_flushes_and_donation(metrics):
     nnx.jit(lambda m: m.update(loss=100.0), donate_argnums=0)(metrics)
     metrics.flush()
     assert snapshot.flatten() == FLAT
-    one = DistributedMetrics({"x": "max"})  # a single table, whose packed copy could be the table itself
+    one = DistributedMetrics({"x": "count"})  # a single slot: its packed copy could be the table itself
     one.update(x=1.0)
     early = one.compute()
     traced = nnx.jit(lambda m: m.compute())(one)
     nnx.jit(lambda m: m.update(x=2.0), donate_argnums=0)(one)
     assert early["x"] == traced["x"] == 1.0
+    jax.jit(lambda m: (m.update(x=2.0), m)[1], donate_argnums=0)(one)
+    with pytest.raises(RuntimeError, match="these accumulators were donated"):
+        one.compute()
 
 
 def test_a_jitted_step_returns_a_snapshot(metrics):

@@ -65,7 +65,7 @@ def host_pair(value: float | np.ndarray) -> np.ndarray:
 
 
 def _integers(high: np.ndarray) -> np.ndarray:
-    return np.frompyfunc(int, 1, 1)(high)
+    return np.asarray(np.frompyfunc(int, 1, 1)(high), object)
 
 
 def _rounded(x: Array) -> Array:

@@ -15,7 +15,7 @@ from distributed_metrics import reducers, rows
 from distributed_metrics.contributions import Feed
 from distributed_metrics.plan import Plan, parse
 from distributed_metrics.snapshot import Snapshot
-from distributed_metrics.values import Situation, broadcast_prefix, feeds_of, named_values
+from distributed_metrics.values import Situation, by_name, feeds_of, named_values
 from distributed_metrics.view import Layout, View, is_traced, look, make_layout, varying_axes
 
 _LOCK = threading.RLock()
@@ -101,7 +101,10 @@ class DistributedMetrics(nnx.Module):
     ) -> None:
         super().__init__()
         if nan_policy != "propagate":
-            raise ValueError(f"DistributedMetrics(nan_policy={nan_policy!r}): known is 'propagate'.")
+            raise ValueError(
+                f"DistributedMetrics(nan_policy={nan_policy!r}): known is 'propagate'.\n"
+                "  To leave out what is not finite: metrics.update(loss=x, weight=jnp.isfinite(x))"
+            )
         self._plan = parse(reduce_fn)
         self._layout = make_layout(mesh, axis_name) if self._plan.metrics else Layout(None, ())
         tables = _fresh_program(self._plan, self._layout)() if self._plan.metrics else {}
@@ -152,10 +155,10 @@ class DistributedMetrics(nnx.Module):
         """
         self._require_accumulators("update")
         values = named_values(self._plan, metrics, named)
+        weights = by_name(self._plan, weight, "weight", values)
+        specs = by_name(self._plan, spec, "spec", values)
         if not values:
             return
-        weights = broadcast_prefix(self._plan, weight, "weight")
-        specs = broadcast_prefix(self._plan, spec, "spec")
         with _LOCK:
             tables = self._tables()
             situation = self._situation(tables)
@@ -166,6 +169,8 @@ class DistributedMetrics(nnx.Module):
                     f"shape {min(tables.items())[1].shape}.\n"
                     "  Update them under vmap: jax.vmap(lambda m, x: (m.update(loss=x), m)[1])(metrics, values)"
                 )
+            if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
+                raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
             feeds, arrays = feeds_of(self._plan, situation, values, weights, specs)
             self._replace(_update_program(self._plan, view, feeds)(tables, arrays), f"update({', '.join(values)})")
 
@@ -209,21 +214,22 @@ class DistributedMetrics(nnx.Module):
         return Situation(self._layout, view, eager, varying_axes(table) if view.mapped else frozenset())
 
     def _tables(self) -> rows.Tables:
-        return {merge: getattr(self, _attribute(merge)).get_raw_value() for merge in sorted(self._plan.slots)}
+        tables = {merge: getattr(self, _attribute(merge)).get_raw_value() for merge in sorted(self._plan.slots)}
+        if any(
+            isinstance(table, jax.Array) and not is_traced(table) and table.is_deleted() for table in tables.values()
+        ):
+            raise RuntimeError(
+                "DistributedMetrics: these accumulators were donated to a jitted function (donate_argnums): gone.\n"
+                "  Go on with the object that it returned: metrics = step(metrics, batch)"
+            )
+        return tables
 
     def _replace(self, tables: rows.Tables, method: str) -> None:
         try:
             for merge, table in tables.items():
                 getattr(self, _attribute(merge)).set_raw_value(table)
         except flax.errors.TraceContextError as error:
-            error.args = (
-                f"metrics.{method}: the accumulators belong to an outer trace, and cannot be changed from inside this "
-                "one (jax.grad, nnx.value_and_grad, vmap, scan, cond, or a jitted function that captured the object).\n"
-                "  Return the values and update outside: (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)"
-                "(model); metrics.update(aux)\n  Or pass the object in and out of the transformed function as an "
-                "argument.",
-            )
-            raise
+            raise flax.errors.TraceContextError(_outer_trace(method)) from error
 
     def _require_accumulators(self, method: str) -> None:
         if not self._plan.metrics:
@@ -287,6 +293,15 @@ class DistributedMetrics(nnx.Module):
     reduce_min_static = staticmethod(reducers.reduce_min)
     reduce_custom_static = staticmethod(reducers.reduce_custom)
     collect_from_devices_static = staticmethod(reducers.collect_from_devices)
+
+
+def _outer_trace(method: str) -> str:
+    return (
+        f"metrics.{method}: the accumulators belong to an outer trace, and cannot be changed from inside this one "
+        "(a jitted function that captured the object; jax.grad, nnx.value_and_grad, vmap, scan or cond).\n"
+        "  Pass the object into the function as an argument. Or return the values and update outside:\n"
+        "  (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model); metrics.update(aux)"
+    )
 
 
 def _attribute(merge: str) -> str:

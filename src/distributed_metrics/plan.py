@@ -207,7 +207,8 @@ def _check_names(metrics: tuple[Metric, ...]) -> None:
             other = metric.path if result_clash is not None else metric.value_path
             raise ValueError(
                 f"DistributedMetrics(): two metrics flatten to one name, {name!r}: "
-                f"{show_path(one)} and {show_path(other)}.\n  Rename one of them."
+                f"{show_path(one)} and {show_path(other)}.\n"
+                f"  {'Rename one of them' if one != other else 'Once is enough'}."
             )
         results[metric.name] = metric.path
 

@@ -1,7 +1,7 @@
 """The stateless reducers of the specification: like ``lax.pmean`` and its siblings on every leaf, but packed.
 
-Leaves of one dtype travel together: one collective for each operation and dtype. They work inside ``shard_map``,
-``pmap`` and ``vmap(axis_name=...)``, and return the same on every device, typed so.
+Leaves of one dtype travel together, unless they are large: one collective for each operation and dtype. They work
+inside ``shard_map``, ``pmap`` and ``vmap(axis_name=...)``, and return the same on every device, typed so.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,9 @@ from distributed_metrics.plan import did_you_mean
 from distributed_metrics.view import is_traced, mapped_axes, varying_axes
 
 DEFAULT_AXIS = "batch"
+
+_MOST_PACKED_ELEMENTS = 2**16
+"""Arrays larger than this travel in a collective of their own."""
 
 _OPERATIONS: dict[str, str] = {"mean": "pmean", "sum": "psum", "max": "pmax", "min": "pmin"}
 """The reductions, and the functions of ``jax.lax`` that make them."""
@@ -214,11 +217,13 @@ def _buffer_of(i: int, array: Any, axis: str | tuple[str, ...]) -> tuple[Any, ..
     """What must be equal for two arrays to share a buffer: the dtype, and what else a result's type is to keep.
 
     That is the other mapped axes along which the array varies, and its sharding over axes of the mesh that are not
-    mapped here: what may be sharded over them travels alone, since a buffer would gather it.
+    mapped here: what may be sharded over them travels alone, since a buffer would gather it. So do large arrays
+    (gradients), of which a copy costs more than a collective of their own.
     """
     context = jax.sharding.get_abstract_mesh()
     may_be_sharded = array.ndim > 0 and len(context.manual_axes) < len(context.axis_names)
-    return np.dtype(array.dtype), varying_axes(array) - {*_as_tuple(axis)}, i if may_be_sharded else None
+    alone = may_be_sharded or array.size > _MOST_PACKED_ELEMENTS
+    return np.dtype(array.dtype), varying_axes(array) - {*_as_tuple(axis)}, i if alone else None
 
 
 def _call(function: str, array: Any, axis: str) -> Array:

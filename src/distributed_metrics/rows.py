@@ -104,7 +104,7 @@ def _local_merged(plan: Plan, axes: tuple[str, ...], row: Tables) -> Array:
     """The merge of all rows, the same on all devices: one collective."""
     words = _local_words(row)
     if not axes:
-        return jnp.copy(words)  # never the live buffer: a later step may donate that
+        return words
     tables = split_words(plan, lax.all_gather(words, axes, to="invarying"))
     merged = {
         merge: _row(merge, compensated.fold(MERGES[merge].combine, parts_of(merge, rows), MERGES[merge].identity))
@@ -197,7 +197,7 @@ def unmerged(plan: Plan, tables: Tables) -> Array:
     """The rows as one buffer ``(..., rows, words)``: what an eager flush keeps. No communication."""
     like = row_shapes(plan)
     flat = [t.reshape(*t.shape[: t.ndim - len(like[m].shape)], -1) for m, t in sorted(tables.items())]
-    return jnp.concatenate(flat, axis=-1) if len(flat) > 1 else jnp.copy(flat[0])
+    return jnp.concatenate(flat, axis=-1)
 
 
 def populations(plan: Plan, view: View, tables: Tables) -> int:

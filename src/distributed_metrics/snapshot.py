@@ -55,6 +55,8 @@ class Snapshot(Mapping[str, Any]):
         if not members:
             known = list(self)
             hint = did_you_mean(str(key), known)
+            if not isinstance(key, str):
+                hint = f" Of stacked windows or a population, take one: jax.tree.map(lambda x: x[{key!r}], snapshot)"
             for metric in self._plan.metrics:
                 if key in (metric.name, metric.value):
                     hint = f" A nested result is read by one key at a time: snapshot{show_path(metric.path)}"

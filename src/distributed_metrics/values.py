@@ -82,21 +82,31 @@ def _unknown_name(plan: Plan, name: str, argument: str = "") -> ValueError:
     )
 
 
-def broadcast_prefix(plan: Plan, given: Any, argument: str) -> dict[str, Any]:
+def by_name(plan: Plan, given: Any, argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """``weight`` or ``spec`` for each name: one for all, or a (nested) dict, whose entries hold for all below them.
 
     Raises:
-        ValueError: a name that stands for nothing.
+        ValueError: a name that stands for nothing, or for nothing that is updated.
     """
     if given is None:
         return {}
+    if argument in plan.values and argument not in values:
+        raise ValueError(
+            f"metrics.update({argument}=...): this object has a metric named {argument!r}, and {argument}= is an "
+            f"argument of update().\n  Give the metric in a dict: metrics.update({{{argument!r}: x}})"
+        )
     if not isinstance(given, Mapping):
         return dict.fromkeys(plan.values, given)
     chosen: dict[str, Any] = {}
     for name, value in flattened(given, {}):
-        below = [known for known in plan.values if known == name or known.startswith(name + SEPARATOR)]
+        below = [name] if name in plan.values else [one for one in plan.values if one.startswith(name + SEPARATOR)]
         if not below:
             raise _unknown_name(plan, name, f"{argument}=")
+        if not any(one in values for one in below):
+            raise ValueError(
+                f"metrics.update({argument}=...) names {name!r}, and this call updates "
+                f"{', '.join(map(repr, values)) or 'nothing'} only."
+            )
         chosen.update(dict.fromkeys(below, value))
     return chosen
 
@@ -142,7 +152,7 @@ def feeds_of(
             else:
                 index, weight_pair = add_weight(name, weight)
                 weight_shape = arrays[index].shape[:-1] if weight_pair else arrays[index].shape
-                _check_weight(label, weight_shape, shape, accumulator)
+                _check_weight(name, weight_shape, shape, accumulator)
                 input_weights.append(Source(index, _weight_spec(spec, weight_shape, weight_pair), weight_pair))
         feeds.append(Feed(metrics, tuple(inputs), tuple(input_weights)))
         if situation.rows_vary:
@@ -229,7 +239,12 @@ def _check_weight(name: str, weight: tuple[int, ...], value: tuple[int, ...], ac
     if fits:
         return
     fix = "Weights align with the leading dims of a value; a dim of size 1 is stretched."
-    if len(weight) < len(leading) and weight == leading[len(leading) - len(weight) :]:
+    if accumulator.shape and weight[: len(leading)] == leading:
+        fix = (
+            f"The kept dims {accumulator.shape} take no weight: give one of shape {leading}. For weights of their own, "
+            f"per class for example: Ratio(shape={accumulator.shape}) of the pair (weight * value, weight)."
+        )
+    elif len(weight) < len(leading) and weight == leading[len(leading) - len(weight) :]:
         fix += f" Probably: weight[{'None, ' * (len(leading) - len(weight))}...]"
     else:
         fix += f' Give weights by name, and none to {name!r} if it needs none: weight={{"loss": mask}}'
@@ -415,8 +430,10 @@ def _check_varying(plan: Plan, name: str, feed: Feed, arrays: list[Value], situa
         raise ValueError(
             f"metrics.update(): {name!r} is the same on all devices along {copies[0]}: already reduced, or made "
             f"the same everywhere. Its {counted[0].accumulator.label()} would count it once per device.\n"
-            "  Give each device's own value, before psum or pmean. To count a constant once per device: a Python "
-            f'number, or jax.lax.pcast(x, {tuple(copies[0])}, to="varying").'
+            "  Give each device's own value, before psum or pmean, split by in_specs. If devices along these axes hold "
+            "the same batch, give them one row: DistributedMetrics({...}, axis_name=...).\n"
+            "  To count a constant once per device: a Python number, or "
+            f'jax.lax.pcast(x, {tuple(copies[0])}, to="varying").'
         )
     arrays_over = [o & rows for o, source in zip(over, feed.inputs, strict=True) if given(source)]
     if len(set(arrays_over)) > 1:
@@ -429,7 +446,7 @@ def _check_varying(plan: Plan, name: str, feed: Feed, arrays: list[Value], situa
 
 def _on_device(array: Value, situation: Situation) -> Value:
     """Host numbers, and weights from elsewhere, on the devices: put there explicitly, for ``jax.transfer_guard``."""
-    if not situation.eager:
+    if not situation.eager or is_traced(array):  # traced: put in a trace that captured the object, which is refused
         return array
     if not situation.view.global_axes:
         return array if isinstance(array, jax.Array) else jax.device_put(array)

@@ -168,11 +168,16 @@ def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) ->
         )
     if elsewhere or here != expected:
         shown = ", ".join(map(repr, layout.axes))
+        probably = (
+            "Probably they came in whole, by in_specs=P(), or the object was captured instead of passed in. "
+            if here == layout.rows
+            else ""
+        )
         raise ValueError(
             f"DistributedMetrics: {here} rows of the accumulators entered code that is mapped over {manual}; each "
             f"device owns {layout.rows // axes_size(context, manual) if elsewhere else expected} of {layout.rows}.\n"
-            f"  Probably they came in whole: in_specs=P(). Split them: in_specs=P(({shown},)), and out_specs the same "
-            "(pmap: in_axes=0)."
+            f"  {probably}Split them over all their axes: in_specs=P(({shown},)), and out_specs the same (pmap: "
+            "in_axes=0). For rows along some axes only: DistributedMetrics({...}, mesh=mesh, axis_name=...)"
         )
     others = tuple(axis for axis in context.axis_names if axis not in manual and axis not in spread)
     kinds = [kind for axis, kind in zip(context.axis_names, context.axis_types, strict=True) if axis not in manual]

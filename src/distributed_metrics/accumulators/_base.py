@@ -1,5 +1,6 @@
 """What an accumulator is: a few fields, each with a named merge; a contribution; a result."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,8 +15,8 @@ class Accumulator:
     total weight seen, of merge ``"sum"``.
 
     Args:
-        shape: the shape S of one element, ``()`` for scalars. Values then have shape ``(..., *S)``, and so have the
-            results: a vector per class or per layer is ``shape=(10,)``.
+        shape: the shape S of one element, ``()`` for scalars; 10 is short for ``(10,)``. Values then have shape
+            ``(..., *S)``, and results shape S: a vector per class or per layer.
 
     Example: the geometric mean of positive numbers.
 
@@ -47,10 +48,11 @@ class Accumulator:
     counts_copies: ClassVar[bool] = False
     """Whether a value that all devices hold alike would be counted once per device: true of sums and counts."""
 
-    shape: tuple[int, ...] = ()
+    shape: Any = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        shape = (self.shape,) if isinstance(self.shape, int) else self.shape
+        object.__setattr__(self, "shape", tuple(map(operator.index, shape)))
 
     def contribution(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a batch adds: for each field an array of shape S, or what a reduction of ``Batch`` returned.
