@@ -171,6 +171,15 @@ def test_two_objects_of_equal_specs_share_compiled_programs():
     assert len(traces) == 1
 
 
+def test_the_state_does_not_depend_on_the_order_of_a_spec():
+    """Processes whose dicts are in different orders still mean the same by a slot."""
+    one = DistributedMetrics({"a": "mean", "b": ("max", "sum"), "c": "mean"})
+    other = DistributedMetrics({"c": "mean", "b": ("sum", "max"), "a": "mean"})
+    one.update(a=1.0, b=2.0, c=3.0)
+    nnx.update(other, nnx.state(one))
+    assert other.compute().flatten() == one.compute().flatten() == {"a": 1.0, "b/max": 2.0, "b/sum": 2.0, "c": 3.0}
+
+
 def test_two_thousand_metrics_in_one_update():
     spec = {f"layer{i:04}": {"norm": "mean"} for i in range(2000)}
     metrics = DistributedMetrics(spec)

@@ -95,6 +95,18 @@ def test_auto_axes_without_spec_reduce_to_accumulators_and_move_no_value(spec):
 
 
 @pytest.mark.parametrize("spec", SHARDINGS, ids=str)
+def test_values_alike_are_not_moved_to_be_reduced_together(spec):
+    mesh = make_mesh(AXES, explicit=False)
+    metrics = DistributedMetrics(dict.fromkeys("abcd", "mean"), mesh=mesh)
+    program = nnx.jit(lambda metrics, values: metrics.update(values))
+    values = {name: jax.device_put(X, NamedSharding(mesh, spec)) for name in "abcd"}
+    assert set(count_collectives(program, metrics, values)) <= {"all-reduce"}
+    for line in collective_lines(compiled_text(program, metrics, values)):
+        assert "f32[16" not in line
+        assert "f32[4" not in line.split(" all-reduce")[0]
+
+
+@pytest.mark.parametrize("spec", SHARDINGS, ids=str)
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_eager_values_of_any_sharding_count_once(spec, explicit):
     mesh = make_mesh(AXES, explicit)

@@ -210,8 +210,7 @@ class DistributedMetrics(nnx.Module):
     def _situation(self, tables: rows.Tables) -> Situation:
         merge, table = next(iter(tables.items()))
         view = look(self._layout, table, rows.table_dims(merge))
-        eager = not is_traced(table) and not view.mapped
-        return Situation(self._layout, view, eager, varying_axes(table) if view.mapped else frozenset())
+        return Situation(self._layout, view, not is_traced(table), varying_axes(table) if view.mapped else frozenset())
 
     def _tables(self) -> rows.Tables:
         tables = {merge: getattr(self, _attribute(merge)).get_raw_value() for merge in sorted(self._plan.slots)}
