@@ -9,6 +9,7 @@ import jax
 import pytest
 
 DEVICES = 8
+collect_ignore = ["programs"]  # started by tests, as processes of their own
 
 
 def pytest_sessionstart():

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import DistributedMetrics, count_collectives
 from distributed_metrics.audit import compiled_text
+from distributed_metrics.metrics import _read_program
 from ways import make_mesh
 
 SPEC = {"x": ("mean", "max"), "n": "sum"}
@@ -62,6 +63,19 @@ def test_update_and_flush_do_not_wait_for_the_device():
     assert np.isfinite(snapshot["x"])
     assert not was_ready
     assert snapshot.is_ready()
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["compute", "flush"])
+def test_eager_flush_costs_no_collective(mesh, fresh):
+    """The one program that an eager compute() or flush() runs."""
+    metrics = DistributedMetrics(SPEC, mesh=mesh)
+    tables = metrics._tables()
+    program = _read_program(metrics._plan, metrics._situation(tables).view, None, fresh)
+    assert count_collectives(program, tables) == {}
+    words, new = program(tables)
+    assert len(jax.tree.leaves(words)) == 1
+    assert words.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), words.ndim)
+    assert (new is not None) == fresh
 
 
 def test_threads_lose_nothing_and_count_nothing_twice(mesh):
