@@ -88,6 +88,22 @@ def test_vectors_flatten_to_one_float_per_element_zero_padded():
     assert mask.shape == (1, 101)
 
 
+def test_labels_name_the_elements_and_name_the_member_of_a_tuple():
+    spec = {"acc": Mean(3, labels=["cat", "dog", "emu"]), "x": (Mean(), Mean(name="again"), Mean(name="third"))}
+    metrics = DistributedMetrics(spec)
+    metrics.update(acc=np.arange(3.0), x=5.0)
+    assert metrics.compute().flatten() == {
+        "acc/cat": 0.0, "acc/dog": 1.0, "acc/emu": 2.0, "x/mean": 5.0, "x/again": 5.0, "x/third": 5.0,
+    }  # fmt: skip
+    assert metrics.compute()["x"]["again"] == 5.0
+    with pytest.raises(ValueError, match=r"Mean\(shape=\(3,\)\): 2 labels for that shape: 'cat', 'dog'"):
+        Mean(3, labels=["cat", "dog"])
+    with pytest.raises(ValueError, match="holds the control character"):
+        DistributedMetrics({"acc": Mean(1, labels=["a\nb"])})
+    with pytest.raises(ValueError, match="holds the control character"):
+        DistributedMetrics({"acc": (Mean(name="a\nb"),)})
+
+
 def test_count_and_per_device(metrics):
     snapshot = metrics.compute()
     assert dict(snapshot.count) == {

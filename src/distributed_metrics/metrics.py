@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import reducers, rows
 from distributed_metrics.contributions import Feed
+from distributed_metrics.placement import Situation
 from distributed_metrics.plan import Plan, parse
 from distributed_metrics.snapshot import Snapshot
-from distributed_metrics.values import Situation, by_name, feeds_of, named_values
+from distributed_metrics.values import by_name, feeds_of, named_values
 from distributed_metrics.view import Layout, View, is_traced, look, make_layout, varying_axes
 
 _LOCK = threading.RLock()

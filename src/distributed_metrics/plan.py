@@ -131,7 +131,7 @@ def _metrics_of(spec: Mapping[str, Any], outer: tuple[str, ...]):
                 raise ValueError(f"DistributedMetrics(): {show_path(path)} is an empty tuple: nothing to accumulate.")
             for one in what:
                 accumulator = _accumulator_of(one, path)
-                yield Metric(path, (*path, accumulator.label()), accumulator)
+                yield Metric(path, (*path, checked_name(accumulator.label(), path)), accumulator)
         else:
             yield Metric(path, path, _accumulator_of(what, path))
 
@@ -186,6 +186,8 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
             f"DistributedMetrics(): the accumulator of {show_path(path)} cannot be hashed ({error}).\n"
             "  Make its class a frozen dataclass whose fields are numbers, strings and tuples."
         ) from error
+    for label in what.labels or ():
+        checked_name(label, path)
     unknown = {field: merge for field, merge in what.all_fields().items() if merge not in MERGES}
     if unknown:
         raise ValueError(

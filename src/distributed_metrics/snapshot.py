@@ -97,7 +97,8 @@ class Snapshot(Mapping[str, Any]):
             empty: ``"skip"`` leaves out what has seen nothing; ``"nan"`` keeps it, with its empty value.
 
         Returns:
-            Names to floats. A vector, or a population, gives one float for each element: ``acc/003``, ``loss/0``.
+            Names to floats. A vector, or a population, gives one float for each element: ``acc/003``, ``loss/0``, or by
+            the labels of its accumulator.
 
         Raises:
             TypeError: in a trace, where there are no floats yet.
@@ -115,7 +116,10 @@ class Snapshot(Mapping[str, Any]):
             results, weights = np.asarray(result), np.asarray(weight)
             for index in np.ndindex(results.shape):
                 if empty == "nan" or weights[index[: weights.ndim]] != 0:
-                    flat[sep.join((name, *_padded(index, results.shape)))] = float(results[index])
+                    element = _padded(index, results.shape)
+                    if (labels := metric.accumulator.labels) is not None:
+                        element[-1] = labels[index[-1]]
+                    flat[sep.join((name, *element))] = float(results[index])
         return flat
 
     @property

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
@@ -17,6 +17,11 @@ class Accumulator:
     Args:
         shape: the shape S of one element, ``()`` for scalars; 10 is short for ``(10,)``. Values then have shape
             ``(..., *S)``, and results shape S: a vector per class or per layer.
+        name: the name of the result in a tuple of accumulators; by default that of the class, in lower case.
+        labels: names for the elements of a vector, in flat results; by default their numbers.
+
+    Raises:
+        ValueError: not as many labels as elements.
 
     Example: the geometric mean of positive numbers.
 
@@ -49,10 +54,19 @@ class Accumulator:
     """Whether a value that all devices hold alike would be counted once per device: true of sums and counts."""
 
     shape: Any = ()
+    name: str | None = field(default=None, kw_only=True)
+    labels: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         shape = (self.shape,) if isinstance(self.shape, int) else self.shape
         object.__setattr__(self, "shape", tuple(map(operator.index, shape)))
+        if self.labels is not None:
+            object.__setattr__(self, "labels", tuple(self.labels))
+            if (len(self.labels),) != self.shape:
+                raise ValueError(
+                    f"{type(self).__name__}(shape={self.shape}): {len(self.labels)} labels for that shape: "
+                    f"{', '.join(map(repr, self.labels))}.\n  Give a vector one label for each element."
+                )
 
     def contribution(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a batch adds: for each field an array of shape S, or what a reduction of ``Batch`` returned.
@@ -83,8 +97,9 @@ class Accumulator:
         return {"weight": "sum", **self.fields}
 
     def label(self) -> str:
-        """The name under which a tuple of accumulators shows this one: the class in lower case."""
-        return type(self).__name__.lower()
+        """The name under which a tuple of accumulators shows this one."""
+        return self.name if self.name is not None else type(self).__name__.lower()
 
     def __str__(self) -> str:
-        return self.label() if not self.shape else f"{self.label()}{list(self.shape)}"
+        kind = type(self).__name__.lower()
+        return kind if not self.shape else f"{kind}{list(self.shape)}"

@@ -1,0 +1,178 @@
+"""Where the values of an update lie, and how they are partitioned: the order of decisions is in ``placed``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distributed_metrics.view import Layout, View, axes_size, full_spec, is_traced, spec_axes
+
+Value = jax.Array | np.ndarray
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where an update happens.
+
+    Attributes:
+        layout, view: of the object, here.
+        eager: whether nothing is traced, so that values must be brought to the devices of the mesh.
+        rows_vary: the axes over which the types of the rows vary; empty where types do not show it.
+    """
+
+    layout: Layout
+    view: View
+    eager: bool
+    rows_vary: frozenset[str]
+
+
+def placed(name: str, array: Value, shape: tuple[int, ...], asked: Any, situation: Situation) -> tuple[Value, P | None]:
+    """The array where the rows can read it, and its partition over the global axes (None: not known)."""
+    view = situation.view
+    if asked is not None and not isinstance(asked, P):
+        raise TypeError(
+            f"metrics.update(spec=...): {name!r} got {asked!r}; a spec is a jax.sharding.PartitionSpec.\n"
+            '  For example: spec=P(("data", "fsdp"), "context")'
+        )
+    if not view.global_axes:
+        whole = situation.layout.mesh is not None or _is_on_one_device(name, array)
+        return array, P() if whole else None
+    own = _own_spec(name, array, situation)
+    if asked is not None and len(shape):
+        asked = _checked_spec(name, shape, asked, situation)
+    elif asked is not None:
+        asked = P()
+    if view.explicit and not situation.eager:
+        if asked is not None and own is not None and asked != own and isinstance(array, jax.Array):
+            raise ValueError(
+                f"metrics.update(spec=...): {name!r} was said to be partitioned as {asked}, and its type says {own}.\n"
+                "  On a mesh of Explicit axes leave spec out: it is read off the value."
+            )
+        return array, own if own is not None else P()
+    if own is not None:
+        return array, own
+    if not isinstance(array, jax.Array) and not situation.eager:
+        return array, P()  # a constant of the program is everywhere
+    spec = asked if asked is not None else _guessed_spec(shape, situation)
+    if situation.eager:
+        spec = P() if spec is None else spec
+        mesh = _concrete_mesh(situation)
+        padded = full_spec(spec, array.ndim)  # the words of a pair are not partitioned
+        return jax.device_put(array, NamedSharding(mesh, padded)), padded
+    return array, spec
+
+
+def _own_spec(name: str, array: Value, situation: Situation) -> P | None:
+    """The partition that the array itself shows: its type on Explicit axes, its sharding where it is concrete."""
+    view = situation.view
+    if not isinstance(array, jax.Array):
+        return None
+    if not situation.eager:
+        if not view.explicit:
+            return None
+        sharding = jax.typeof(array).sharding
+        if sharding.mesh.empty:
+            return full_spec(P(), array.ndim)
+        if not set(view.global_axes) <= set(sharding.mesh.axis_names):
+            raise _other_devices(name, sharding.mesh, situation)
+        return full_spec(sharding.spec, array.ndim)
+    sharding, mesh = array.sharding, _concrete_mesh(situation)
+    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+        return full_spec(sharding.spec, array.ndim)
+    if not sharding.device_set <= set(mesh.devices.flat):
+        shown = sharding.mesh if isinstance(sharding, NamedSharding) else sorted(map(str, sharding.device_set))
+        raise _other_devices(name, shown, situation)
+    return None
+
+
+def _other_devices(name: str, shown: Any, situation: Situation) -> ValueError:
+    return ValueError(
+        f"metrics.update(): {name!r} lies on other devices than the accumulators.\n"
+        f"  The value:        {shown}\n  The accumulators: {situation.layout.mesh}\n"
+        "  Make the object with the mesh of its values: DistributedMetrics({...}, mesh=mesh)"
+    )
+
+
+def _checked_spec(name: str, shape: tuple[int, ...], spec: P, situation: Situation) -> P:
+    mesh = _any_mesh(situation)
+    unknown = [axis for axis in spec_axes(spec) if axis not in situation.view.global_axes]
+    if unknown:
+        raise ValueError(
+            f"metrics.update(spec={spec}): {name!r}: {unknown[0]!r} is no axis of the mesh; "
+            f"its axes are {situation.view.global_axes}."
+        )
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"metrics.update(spec={spec}): {name!r} has shape {shape}: {len(shape)} dims for {len(spec)} entries.\n"
+            f'  Give each value its own: spec={{"{name}": P(...)}}'
+        )
+    for size, entry in zip(shape, spec, strict=False):
+        parts = axes_size(mesh, spec_axes(P(entry)))
+        if size % parts:
+            raise ValueError(
+                f"metrics.update(spec={spec}): {name!r} has shape {shape}, and {size} is not divisible by {parts} "
+                f"({entry!r}).\n  Pad it and give the padding weight 0, or leave spec out."
+            )
+    return full_spec(spec, len(shape))
+
+
+def _guessed_spec(shape: tuple[int, ...], situation: Situation) -> P | None:
+    """Where JAX does not show it: on a mesh of one axis the leading dim is taken to be the partitioned one."""
+    view, mesh = situation.view, _any_mesh(situation)
+    if not shape:
+        return P()
+    wide = [axis for axis in view.global_axes if mesh.shape[axis] > 1]
+    one_axis = len(wide) <= 1 and set(wide) <= set(view.spread)
+    if shape[0] % axes_size(mesh, view.spread) == 0 and (one_axis or situation.eager):
+        return full_spec(P(view.spread), len(shape))
+    return None
+
+
+def _any_mesh(situation: Situation) -> Any:
+    return situation.view.mesh if situation.view.mesh is not None else jax.sharding.get_abstract_mesh()
+
+
+def _concrete_mesh(situation: Situation) -> Mesh:
+    mesh = situation.view.mesh if situation.view.mesh is not None else situation.layout.mesh
+    return mesh if isinstance(mesh, Mesh) else jax.sharding.get_mesh()
+
+
+def _is_on_one_device(name: str, array: Value) -> bool:
+    """Whether a value for an object of one row lies on one device.
+
+    Under ``jit`` on Auto axes several devices may hold it (they are seen, its partition is not): XLA then reduces it.
+
+    Raises:
+        ValueError: it is seen to be held by several devices, each of which should have a row.
+    """
+    if not isinstance(array, jax.Array):
+        return True
+    if is_traced(array):
+        mesh = jax.typeof(array).sharding.mesh
+        devices = 1 if mesh.empty else mesh.size
+        if devices > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types):
+            return False
+    else:
+        devices = len(array.sharding.device_set)
+    if devices > 1:
+        raise ValueError(
+            f"metrics.update(): {name!r} lives on {devices} devices, and this object has one row, on one device.\n"
+            "  Give each device a row: DistributedMetrics({...}, mesh=mesh), or make the object under "
+            "jax.set_mesh(mesh)."
+        )
+    return True
+
+
+def on_device(array: Value, situation: Situation) -> Value:
+    """Host numbers, and weights from elsewhere, on the devices: put there explicitly, for ``jax.transfer_guard``."""
+    if not situation.eager or is_traced(array):  # traced: put in a trace that captured the object, which is refused
+        return array
+    if not situation.view.global_axes:
+        return array if isinstance(array, jax.Array) else jax.device_put(array)
+    mesh = _concrete_mesh(situation)
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh:
+        return array
+    return jax.device_put(array, NamedSharding(mesh, P()))
