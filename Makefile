@@ -5,7 +5,7 @@ TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv-$(TAG)
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/ready
 	$(RUN)/python examples/train_digits.py
@@ -17,6 +17,10 @@ lint: $(VENV)/ready
 	$(RUN)/ruff check
 	$(RUN)/ruff format --check
 	$(RUN)/mypy
+
+bench: $(VENV)/ready
+	$(RUN)/python benchmarks/update.py --devices 8
+	$(RUN)/python benchmarks/update.py --devices 1
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is $(TAG): make PYTHON=python3.12 ...")'

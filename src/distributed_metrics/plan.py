@@ -96,7 +96,7 @@ class Plan:
         return f"Plan({', '.join(f'{m.name}={m.accumulator}' for m in self.metrics)})"
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache  # never dropped: while an object lives, an equal spec must give its very plan
 def _plan_of(metrics: tuple[Metric, ...]) -> Plan:
     return Plan(metrics)
 
