@@ -73,6 +73,12 @@ def test_python_and_numpy_numbers_count_as_what_they_are(value, where):
         assert metrics.flush()["x"]["sum"] == 3 * int(value)
 
 
+def test_a_python_integer_beyond_float32_is_infinite():
+    metrics = DistributedMetrics({"x": ("sum", "max")})
+    metrics.update(x=2**200)
+    assert metrics.compute()["x"] == {"sum": np.inf, "max": np.inf}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     x=hnp.arrays(np.float32, (8, 3), elements=st.floats(-(2**20), 2**20, width=32)),

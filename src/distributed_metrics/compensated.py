@@ -65,7 +65,9 @@ def host_pair(value: float | np.ndarray) -> np.ndarray:
 
 
 def _integers(high: np.ndarray) -> np.ndarray:
-    return np.asarray(np.frompyfunc(int, 1, 1)(high), object)
+    """Python integers, of any size; 0 for what a float32 cannot hold."""
+    whole = np.frompyfunc(lambda number: int(number) if np.isfinite(number) else 0, 1, 1)
+    return np.asarray(whole(high), object)
 
 
 def _rounded(x: Array) -> Array:
@@ -73,7 +75,7 @@ def _rounded(x: Array) -> Array:
 
     An ``optimization_barrier`` costs nothing and holds XLA's own rewriting off. It does not hold off LLVM, which sees a
     fused loop without it, so where fast math is asked for there is a choice that changes the payload of some NaNs only:
-    opaque to LLVM too, at up to ten times the cost for large batches. (It looks at the magnitude, because LLVM sees
+    opaque to LLVM too, and not free. (It looks at the magnitude, because LLVM sees
     through a plain minimum of the bits of a number whose sign it knows.)
     """
     if not _fast_math():

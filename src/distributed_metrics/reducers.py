@@ -162,10 +162,8 @@ def _fetch(arrays: list[jax.Array]) -> list[np.ndarray]:
     """One copy to the host for all arrays; what spans processes is replicated first, in one program."""
     far = [array for array in arrays if not (array.is_fully_addressable or array.is_fully_replicated)]
     if far:
-        shardings = [
-            jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore[attr-defined]
-            for array in far
-        ]
+        named: list[Any] = [array.sharding for array in far]  # what spans processes lies on a mesh
+        shardings = [jax.sharding.NamedSharding(one.mesh, jax.sharding.PartitionSpec()) for one in named]
         near = iter(jax.jit(lambda *xs: xs, out_shardings=tuple(shardings))(*far))
         arrays = [next(near) if any(array is one for one in far) else array for array in arrays]
     return jax.device_get(arrays)

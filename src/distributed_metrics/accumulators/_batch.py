@@ -101,4 +101,5 @@ class Batch:
 
 def _broadcast_pairs(x: Pair, y: Pair) -> tuple[Pair, Pair]:
     shape = jnp.broadcast_shapes(x[0].shape, y[0].shape)
-    return tuple(tuple(jnp.broadcast_to(part, shape) for part in pair) for pair in (x, y))  # type: ignore[return-value]
+    x_high, x_low, y_high, y_low = (jnp.broadcast_to(part, shape) for part in (*x, *y))
+    return (x_high, x_low), (y_high, y_low)
