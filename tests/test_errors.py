@@ -66,7 +66,7 @@ class Unhashable(Mean):
             {"loss": "maen"},
             ValueError,
             "['loss'] asks for 'maen', which is no known operation.\n  Known: 'mean', 'sum', 'count', 'max', 'min', "
-            "'ratio'. Did you mean 'mean'?",
+            "'ratio', 'var', 'std', 'last'. Did you mean 'mean'?",
         ),
         ({"loss": 3}, TypeError, "['loss'] is 3 (int), which cannot be accumulated.\n  Give one of 'mean'"),
         ({"loss": None}, TypeError, "['loss'] is None (NoneType), which cannot be accumulated"),
@@ -74,7 +74,11 @@ class Unhashable(Mean):
         ({"loss": ()}, ValueError, "['loss'] is an empty tuple: nothing to accumulate"),
         ({"loss": ("mean", "ratio")}, ValueError, "'loss' is accumulated both as mean and as ratio"),
         ({"loss": ("mean", Max(shape=(3,)))}, ValueError, "both as mean and as max[3], which take different values"),
-        ({"loss": OddMerge()}, ValueError, "OddMerge: unknown merges {'total': 'median'}.\n  Known: 'sum', 'max'."),
+        (
+            {"loss": OddMerge()},
+            ValueError,
+            "OddMerge.fields has unknown merges {'total': 'median'}.\n  Known: 'sum', 'max'",
+        ),
         ({"loss": Unhashable()}, TypeError, "the accumulator of ['loss'] cannot be hashed"),
         (["loss"], TypeError, "takes a dict of names to what is accumulated, not list"),
         ("loss", TypeError, 'For example: DistributedMetrics({"loss": "mean", "tokens": "sum"})'),

@@ -1,6 +1,20 @@
 """Metrics for JAX and Flax training loops that cost almost nothing until you look at them."""
 
-from distributed_metrics.accumulators import Accumulator, Batch, Count, Max, Mean, Min, Ratio, Sum
+from distributed_metrics.accumulators import (
+    Accumulator,
+    Batch,
+    Count,
+    Histogram,
+    Last,
+    Max,
+    Mean,
+    Min,
+    Quantile,
+    Ratio,
+    Std,
+    Sum,
+    Var,
+)
 from distributed_metrics.audit import count_collectives
 from distributed_metrics.data_parallel import DataParallel
 from distributed_metrics.mesh import DeviceMeshManager
@@ -23,12 +37,17 @@ __all__ = [
     "DataParallel",
     "DeviceMeshManager",
     "DistributedMetrics",
+    "Histogram",
+    "Last",
     "Max",
     "Mean",
     "Min",
+    "Quantile",
     "Ratio",
     "Snapshot",
+    "Std",
     "Sum",
+    "Var",
     "all_gather",
     "collect_from_devices",
     "count_collectives",

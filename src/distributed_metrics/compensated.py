@@ -22,7 +22,11 @@ from jax import Array, lax
 Pair = tuple[Array, Array]
 
 _MOST_TREE_ELEMENTS = 2**14
-"""Above this many elements, neighbours are summed in plain float32 first: reading them then is the whole cost."""
+"""Above this many elements, runs of neighbours are summed in plain float32 first: reading them then is the whole cost.
+"""
+
+_LAST_OF_TREE = 2**6
+"""From here on a tree costs more in operations than in additions, and one reduction sums the rest."""
 
 
 def pair_of(value: Array) -> Pair:
@@ -122,6 +126,14 @@ def multiply(x: Pair, y: Pair) -> Pair:
     return _normalized(product, jnp.where(jnp.isfinite(product), error, 0))
 
 
+def divide(x: Pair, y: Pair) -> Pair:
+    """The quotient of two pairs, to about 2^-45 relative: a float quotient, corrected by what it leaves over."""
+    quotient = _rounded(x[0] / y[0])
+    product = multiply((quotient, jnp.zeros_like(quotient)), y)
+    rest = add(x, (-product[0], -product[1]))
+    return _normalized(quotient, _rounded(rest[0] / y[0]))
+
+
 def _normalized(high: Array, low: Array) -> Pair:
     """A sum of two floats of which the first is the larger, as a pair (Dekker's fast two-sum)."""
     total = _rounded(high + low)
@@ -163,19 +175,27 @@ def tree_sum(x: Pair, dims: int) -> Pair:
     if dims == 0:
         return x
     high, low = (part.reshape(-1, *part.shape[dims:]) for part in x)
-    if high.shape[0] == 0:
-        return jnp.zeros(high.shape[1:], jnp.float32), jnp.zeros(high.shape[1:], jnp.float32)
-    high, low = fold(add, (_runs(high), _runs(low)), (0.0, 0.0))
+    if high.shape[0] > _MOST_TREE_ELEMENTS:
+        high, low = _runs(high), _runs(low)
+    while (n := high.shape[0]) > _LAST_OF_TREE:
+        half = (n + 1) // 2
+        if n % 2:
+            high, low = _append(high, 0.0), _append(low, 0.0)
+        high, low = add((high[:half], low[:half]), (high[half:], low[half:]))
+    zero = np.float32(0)
+    high, low = lax.reduce((high, low), (zero, zero), lambda a, b: add((a[0], a[1]), (b[0], b[1])), (0,))
     return high, low
 
 
 def _runs(part: Array) -> Array:
-    """Sum neighbouring elements in plain float32 until at most 16,384 partial sums are left."""
+    """Sum runs of about 64 neighbours in plain float32: even of equal elements, that errs by less than 1e-7.
+
+    A length that divides the number of elements spares the copy that padding would cost, which is half of the time.
+    """
     n = part.shape[0]
-    length = -(-n // _MOST_TREE_ELEMENTS)
-    if length == 1:
-        return part
-    part = jnp.concatenate([part, jnp.zeros((-n % length, *part.shape[1:]), part.dtype)])
+    length = min((length for length in range(32, 97) if n % length == 0), key=lambda x: abs(x - 64), default=64)
+    if n % length:
+        part = jnp.concatenate([part, jnp.zeros((-n % length, *part.shape[1:]), part.dtype)])
     return jnp.sum(part.reshape(-1, length, *part.shape[1:]), axis=1)
 
 
@@ -221,6 +241,41 @@ def _scaled(x: Array, power_of_two: float) -> Pair:
     top = x & ~jnp.int32(0xFFF)
     high, low = top.astype(jnp.float32), (x - top).astype(jnp.float32)
     return _normalized(high * jnp.float32(power_of_two), low * jnp.float32(power_of_two))
+
+
+def binned_sum(weight: Array | Pair | None, bins: Array, number: int) -> Pair:
+    """The sum of the weights in each bin, exactly: every weight is cut into pieces whose int32 sums cannot overflow.
+
+    Args:
+        weight: of the shape of ``bins``: booleans, a pair, or None, where each counts once.
+        bins: int32, from 0 to ``number`` - 1.
+        number: of bins.
+
+    Returns:
+        A pair of shape ``(number,)``. Weights that are no integers keep what is above 2^-48 of the largest of them.
+    """
+
+    def scattered(pieces: Array) -> Array:
+        return jnp.zeros(number, jnp.int32).at[bins].add(pieces, mode="promise_in_bounds")
+
+    if not isinstance(weight, tuple):
+        pieces = jnp.ones(bins.shape, jnp.int32) if weight is None else weight.astype(jnp.int32)
+        return integer_pair(scattered(pieces))
+    finite = jnp.isfinite(weight[0])
+    high, low = (jnp.where(finite, part, 0) for part in weight)
+    largest = jnp.max(jnp.abs(high), initial=jnp.finfo(jnp.float32).tiny)
+    unit = lax.bitcast_convert_type(
+        lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000), jnp.float32
+    )  # the power of two below the largest
+    high, low = high / unit, low / unit
+    width = max(1, 29 - bins.size.bit_length())
+    total = jnp.zeros(number, jnp.float32), jnp.zeros(number, jnp.float32)
+    for piece in range(-(-48 // width)):
+        scale = 2.0 ** (width * (piece + 1))
+        whole = jnp.trunc(high * scale)
+        high, low = _normalized(high - whole / scale, low)
+        total = add(total, _scaled(scattered(whole.astype(jnp.int32)), 1 / scale))
+    return total[0] * jnp.where(jnp.all(finite), unit, jnp.nan), total[1] * unit
 
 
 def integer_pair(x: Array) -> Pair:

@@ -1,5 +1,6 @@
 """values -> contribution: what a batch adds, in the small arrays that the state is made of."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from distributed_metrics import compensated
 from distributed_metrics.accumulators import Accumulator, Batch
 from distributed_metrics.compensated import Pair
-from distributed_metrics.merging import MERGES, Parts
-from distributed_metrics.plan import Group, Plan
+from distributed_metrics.merging import Parts
+from distributed_metrics.plan import NONFINITE, Field, Group, Plan, fields_of
 from distributed_metrics.view import spec_axes
 
 _MOST_STACKED_ELEMENTS = 4096
@@ -67,26 +68,22 @@ class Feed:
 
 @dataclass(frozen=True)
 class Block:
-    """Contributions to metrics of one accumulator: for each field its parts, of shape ``(members, *S)``."""
+    """Contributions to metrics of one group: for each field its parts, of shape ``(members, *shape)``."""
 
     members: tuple[int, ...]
-    accumulator: Accumulator
+    group: Group
     fields: dict[str, Parts]
 
     def on_first(self, axes: tuple[str, ...]) -> "Block":
-        """The same where this device is the first along ``axes``, else the identity: of copies one counts."""
+        """The same where this device is the first along ``axes``, else nothing: of copies one counts."""
         if not axes:
             return self
         first = is_first(axes)
-        merges = self.accumulator.all_fields()
-        fields = {
-            name: tuple(
-                jnp.where(first, part, identity)
-                for part, identity in zip(parts, MERGES[merges[name]].identity, strict=True)
-            )
-            for name, parts in self.fields.items()
-        }
-        return Block(self.members, self.accumulator, fields)
+        fields = {}
+        for name, parts in self.fields.items():
+            others = self.group.fields[name].merge.in_other_rows(parts)
+            fields[name] = tuple(jnp.where(first, part, other) for part, other in zip(parts, others, strict=True))
+        return Block(self.members, self.group, fields)
 
 
 def is_first(axes: tuple[str, ...]) -> Array:
@@ -95,7 +92,12 @@ def is_first(axes: tuple[str, ...]) -> Array:
 
 
 def contributed(
-    plan: Plan, feeds: Sequence[Feed], arrays: Sequence[Sequence[Array]], counting: tuple[str, ...], split: bool
+    plan: Plan,
+    feeds: Sequence[Feed],
+    arrays: Sequence[Sequence[Array]],
+    counting: tuple[str, ...],
+    mapped: tuple[str, ...],
+    split: bool,
 ) -> list[Block]:
     """The contributions of this device.
 
@@ -104,6 +106,7 @@ def contributed(
         feeds: the values of this update.
         arrays: for each feed, the arrays of its ``sources``.
         counting: the axes over which contributions are merged in the end: of copies along these the first counts.
+        mapped: the axes over which this code is mapped, each of whose devices has values of its own.
         split: see ``Batch``.
     """
     alike: dict[Any, list[tuple[int, Sequence[Array]]]] = {}
@@ -115,15 +118,15 @@ def contributed(
     for members in alike.values():
         first_member, given = members[0]
         feed = feed_of[first_member]
-        accumulator = plan.metrics[first_member].accumulator
-        contribute = _contribution_function(accumulator, feed, counting, split)
+        group = plan.group_of[first_member]
+        contribute = _contribution_function(group.accumulator, plan.ignores, feed, counting, mapped, split)
         inputs = len(feed.inputs)
         if len(members) == 1:
             fields = jax.tree.map(lambda part: part[None], contribute(given[:inputs], given[inputs:]))
         else:
             stacked = [jnp.stack(same) for same in zip(*(given[:inputs] for _, given in members), strict=True)]
             fields = jax.vmap(contribute, in_axes=(0, None), axis_size=len(members))(stacked, given[inputs:])
-        block = Block(tuple(i for i, _ in members), accumulator, fields)
+        block = Block(tuple(i for i, _ in members), group, fields)
         blocks.append(block.on_first(tuple(axis for axis in counting if axis not in feed.axes)))
     return blocks
 
@@ -138,7 +141,12 @@ def _likeness(plan: Plan, i: int, feed: Feed, given: Sequence[Array], split: boo
 
 
 def _contribution_function(
-    accumulator: Accumulator, feed: Feed, counting: tuple[str, ...], split: bool
+    accumulator: Accumulator,
+    ignores: bool,
+    feed: Feed,
+    counting: tuple[str, ...],
+    mapped: tuple[str, ...],
+    split: bool,
 ) -> Callable[[Sequence[Array], Sequence[Array]], dict[str, Parts]]:
     """What one value adds, as a function of its arrays and their weights."""
 
@@ -150,10 +158,36 @@ def _contribution_function(
             copied = tuple(a for a in counting if a in feed.axes and a not in spec_axes(source.spec or P()))
             if copied:  # the other half of a pair is partitioned over these axes, so this half must count once
                 weight = _gated(weight, is_first(copied))
-            batches.append(Batch(_numbers(value, source.pair), weight, accumulator.shape, split))
-        return _checked_fields(accumulator, batches)
+            leading = value.shape[: value.ndim - source.pair - len(accumulator.shape)]
+            origin = _origin(leading, source.spec if counting else None, mapped)
+            batches.append(Batch(_numbers(value, source.pair), weight, accumulator.shape, split, origin))
+        nonfinite: dict[str, Parts] = {}
+        if ignores:
+            batches, nonfinite = _finite_only(batches)
+        return {**_checked_fields(accumulator, batches), **nonfinite}
 
     return contribute
+
+
+def _origin(leading: tuple[int, ...], spec: P | None, mapped: tuple[str, ...]) -> tuple[tuple[Any, int], ...]:
+    """Where this device's part of a value lies in the whole: see ``Batch``."""
+
+    def part_of(axes: tuple[str, ...], size: int) -> tuple[Any, int]:
+        return (lax.axis_index(axes) * size, lax.axis_size(axes) * size) if axes else (0, size)
+
+    entries = [*(spec or ()), *(None,) * len(leading)]
+    places = [part_of(spec_axes(P(entry)), size) for entry, size in zip(entries, leading, strict=False)]
+    return (part_of(mapped, 1), *places) if mapped else tuple(places)
+
+
+def _finite_only(batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, Parts]]:
+    """The batches without the elements that are not finite, and how many these are (of a pair: either of the two)."""
+    if not any(isinstance(batch.value, tuple) for batch in batches):  # integers
+        zeros = jnp.zeros(batches[0].shape, jnp.float32)
+        return list(batches), {NONFINITE: (zeros, zeros)}
+    finite = functools.reduce(jnp.logical_and, [batch.finite() for batch in batches])
+    out = batches[0].only(~finite)
+    return [batch.only(finite) for batch in batches], {NONFINITE: out.counted_elements()}
 
 
 def _numbers(array: Array, pair: bool) -> Array | Pair:
@@ -180,7 +214,7 @@ def _gated(weight: Array | Pair | None, gate: Array) -> Array | Pair:
 
 
 def _checked_fields(accumulator: Accumulator, batches: Sequence[Batch]) -> dict[str, Parts]:
-    """The contribution in full: every field, as parts of the accumulator's shape.
+    """The contribution in full: every field, as parts of the field's shape.
 
     Raises:
         ValueError: the accumulator returned other fields, or another shape, than it declares.
@@ -189,7 +223,7 @@ def _checked_fields(accumulator: Accumulator, batches: Sequence[Batch]) -> dict[
     given = accumulator.contribution(*batches)
     if "weight" not in given:
         given = {**given, "weight": batches[0].total_weight()}
-    merges = accumulator.all_fields()
+    merges = fields_of(accumulator, ignores=False)
     if set(given) != set(merges):
         raise ValueError(
             f"{name}.contribution() returned the fields {sorted(given)}, and {name}.fields declares {sorted(merges)}."
@@ -198,40 +232,40 @@ def _checked_fields(accumulator: Accumulator, batches: Sequence[Batch]) -> dict[
     for field, merge in merges.items():
         value = given[field]
         parts = value if isinstance(value, tuple) else (jnp.asarray(value, jnp.float32),)
-        parts += tuple(jnp.zeros_like(parts[0]) for _ in range(MERGES[merge].words - len(parts)))
-        if any(part.shape != accumulator.shape for part in parts):
+        parts += tuple(jnp.zeros_like(parts[0]) for _ in range(merge.words - len(parts)))
+        shape = accumulator.field_shape(field)
+        if any(part.shape != shape for part in parts):
             raise ValueError(
                 f"{name}.contribution() returned {field!r} of shape {parts[0].shape}, and the shape of {name} is "
-                f"{accumulator.shape}."
+                f"{shape}."
             )
-        fields[field] = parts
+        fields[field] = tuple(part.astype(jnp.float32) for part in parts)
     return fields
 
 
 def assembled(plan: Plan, blocks: Sequence[Block]) -> dict[str, Parts]:
-    """One contribution to each table, parts of shape ``(slots,)``; metrics that got nothing get the identity."""
-    slots: dict[str, list[Parts]] = {merge: [] for merge in plan.slots}
-    by_accumulator: dict[Accumulator, list[Block]] = {}
-    for block in blocks:
-        by_accumulator.setdefault(block.accumulator, []).append(block)
+    """One contribution to each table that the blocks touch, parts of shape ``(slots,)``; the rest is the identity."""
+    touched = plan.tables_of(member for block in blocks for member in block.members)
+    slots: dict[str, list[Parts]] = {table: [] for table in touched}
     for group in plan.groups:
-        mine = by_accumulator.get(group.accumulator, [])
-        for field, merge in group.accumulator.all_fields().items():
-            slots[merge].append(_in_order(group, field, merge, mine))
-    return {merge: tuple(jnp.concatenate(part) for part in zip(*slots[merge], strict=True)) for merge in slots}
+        mine = [block for block in blocks if block.group is group]
+        for name, field in group.fields.items():
+            if field.merge.name in slots:
+                slots[field.merge.name].append(_in_order(group, name, field, mine))
+    return {table: tuple(jnp.concatenate(part) for part in zip(*slots[table], strict=True)) for table in slots}
 
 
-def _in_order(group: Group, field: str, merge: str, blocks: Sequence[Block]) -> Parts:
+def _in_order(group: Group, name: str, field: Field, blocks: Sequence[Block]) -> Parts:
     """One field of all members of a group, in the order of their slots."""
-    identity = MERGES[merge].identity
+    identity = field.merge.identity
     if not blocks:
-        return tuple(jnp.full((len(group.members) * group.size,), one, jnp.float32) for one in identity)
+        return tuple(jnp.full((len(group.members) * field.size,), one, jnp.float32) for one in identity)
     came = [member for block in blocks for member in block.members]
     parts = []
     for k, one in enumerate(identity):
-        part = jnp.concatenate([block.fields[field][k].reshape(len(block.members), group.size) for block in blocks])
+        part = jnp.concatenate([block.fields[name][k].reshape(len(block.members), field.size) for block in blocks])
         if came != list(group.members):
-            part = jnp.concatenate([part, jnp.full((1, group.size), one, jnp.float32)])
+            part = jnp.concatenate([part, jnp.full((1, field.size), one, jnp.float32)])
             position = {member: at for at, member in enumerate(came)}
             part = part[np.array([position.get(member, len(came)) for member in group.members])]
         parts.append(part.reshape(-1))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import reducers, rows
 from distributed_metrics.contributions import Feed
-from distributed_metrics.placement import Situation
+from distributed_metrics.placement import Situation, on_device
 from distributed_metrics.plan import Plan, parse
 from distributed_metrics.snapshot import Snapshot
 from distributed_metrics.values import by_name, feeds_of, named_values
@@ -33,6 +33,11 @@ def _update_program(plan: Plan, view: View, feeds: tuple[Feed, ...]) -> Callable
         return rows.updated(plan, view, feeds, tables, arrays)
 
     return jax.jit(update, inline=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _absorb_program(plan: Plan, view: View) -> Callable[[rows.Tables, Any], rows.Tables]:
+    return jax.jit(functools.partial(rows.absorbed, plan, view), inline=True)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -74,11 +79,13 @@ class DistributedMetrics(nnx.Module):
 
     Args:
         reduce_fn: a (nested) dict of names to what is accumulated: ``"mean"``, ``"sum"``, ``"count"``, ``"max"``,
-            ``"min"``, ``"ratio"``, an ``Accumulator``, or a tuple of these for several statistics of one value.
+            ``"min"``, ``"ratio"``, ``"var"``, ``"std"``, ``"last"``, an ``Accumulator`` such as ``Histogram(edges)`` or
+            ``Quantile(0.99)``, or a tuple of these for several statistics of one value.
         mesh: where the accumulators live, one row for each device. Default: the mesh of ``jax.set_mesh``; without one,
             a single row.
         axis_name: the mesh axes that rows spread over, and that a mapped ``compute`` reduces over. Default: all.
-        nan_policy: ``"propagate"``: a NaN makes NaN of the metrics that saw it, and of no other.
+        nan_policy: ``"propagate"``: a NaN makes NaN of the metrics that saw it, and of no other. ``"ignore"``: elements
+            that are not finite are left out and counted, see ``Snapshot.nonfinite``; of a ratio, both parts.
 
     Raises:
         TypeError, ValueError: a bad name, an unknown operation, an axis that the mesh does not have.
@@ -101,20 +108,17 @@ class DistributedMetrics(nnx.Module):
         nan_policy: str = "propagate",
     ) -> None:
         super().__init__()
-        if nan_policy != "propagate":
-            raise ValueError(
-                f"DistributedMetrics(nan_policy={nan_policy!r}): known is 'propagate'.\n"
-                "  To leave out what is not finite: metrics.update(loss=x, weight=jnp.isfinite(x))"
-            )
-        self._plan = parse(reduce_fn)
+        if nan_policy not in ("propagate", "ignore"):
+            raise ValueError(f"DistributedMetrics(nan_policy={nan_policy!r}): known are 'propagate' and 'ignore'.")
+        self._plan = parse(reduce_fn, ignores=nan_policy == "ignore")
         self._layout = make_layout(mesh, axis_name) if self._plan.metrics else Layout(None, ())
         tables = _fresh_program(self._plan, self._layout)() if self._plan.metrics else {}
-        for merge, table in tables.items():
+        for name, table in tables.items():
             annotation: dict[str, Any] = {}
             if self._layout.mesh is not None:
                 spec = (self._layout.axes, *(None,) * (table.ndim - 1))
                 annotation = {"out_sharding": spec, "mesh": self._layout.mesh, "eager_sharding": False}
-            setattr(self, _attribute(merge), nnx.metrics.MetricState(table, **annotation))
+            setattr(self, _attribute(name), nnx.metrics.MetricState(table, **annotation))
 
     # --- stateful ---
 
@@ -164,12 +168,7 @@ class DistributedMetrics(nnx.Module):
             tables = self._tables()
             situation = self._situation(tables)
             view = situation.view
-            if lead := rows.populations(self._plan, view, tables):
-                raise ValueError(
-                    f"metrics.update(): these accumulators are a population, with {lead} dim(s) in front of the rows: "
-                    f"shape {min(tables.items())[1].shape}.\n"
-                    "  Update them under vmap: jax.vmap(lambda m, x: (m.update(loss=x), m)[1])(metrics, values)"
-                )
+            self._refuse_population("update", tables, view)
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
                 raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
             feeds, arrays = feeds_of(self._plan, situation, values, weights, specs)
@@ -185,6 +184,36 @@ class DistributedMetrics(nnx.Module):
     def flush(self) -> Snapshot:
         """The results so far, and the accumulators start afresh. It costs as much as ``compute``."""
         return self._read("flush", fresh=True)
+
+    def merge(self, snapshot: Snapshot) -> None:
+        """Add what a snapshot has seen: a restored one, or that of another job. It counts as later than what is here.
+
+        In several processes all must merge the same snapshot.
+
+        Args:
+            snapshot: of an object with the same spec, on any number of devices.
+
+        Raises:
+            TypeError: no snapshot.
+            ValueError: a snapshot of another spec (its names, shapes or edges, say), or of a population.
+
+        >>> before, after = DistributedMetrics({"loss": "mean"}), DistributedMetrics({"loss": "mean"})
+        >>> before.update(loss=1.0)
+        >>> after.merge(Snapshot.from_dict(before.compute().to_dict()))
+        >>> after.update(loss=2.0)
+        >>> after.compute()["loss"]
+        1.5
+        """
+        self._require_accumulators("merge")
+        if not isinstance(snapshot, Snapshot):
+            hint = "Snapshot.from_dict(d)" if isinstance(snapshot, Mapping) else "other.compute()"
+            raise TypeError(f"metrics.merge() takes a Snapshot, got {type(snapshot).__name__}.\n  For example: {hint}")
+        with _LOCK:
+            tables = self._tables()
+            situation = self._situation(tables)
+            self._refuse_population("merge", tables, situation.view)
+            words = on_device(snapshot._words_for(self._plan, "merge"), situation)
+            self._replace(_absorb_program(self._plan, situation.view)(tables, words), "merge()")
 
     def reset(self) -> None:
         """The accumulators start afresh."""
@@ -208,13 +237,22 @@ class DistributedMetrics(nnx.Module):
                 self._replace(new, f"{method}()")
             return Snapshot(self._plan, words, rows=situation.eager)
 
+    def _refuse_population(self, method: str, tables: rows.Tables, view: View) -> None:
+        if lead := rows.populations(self._plan, view, tables):
+            raise ValueError(
+                f"metrics.{method}(): these accumulators are a population, with {lead} dim(s) in front of the rows: "
+                f"shape {min(tables.items())[1].shape}.\n"
+                f"  Do it under vmap: jax.vmap(lambda m, x: (m.{method}({'loss=x' if method == 'update' else 'x'}), m)"
+                "[1])(metrics, values)"
+            )
+
     def _situation(self, tables: rows.Tables) -> Situation:
-        merge, table = next(iter(tables.items()))
-        view = look(self._layout, table, rows.table_dims(merge))
+        name, table = next(iter(tables.items()))
+        view = look(self._layout, table, rows.table_dims(self._plan, name))
         return Situation(self._layout, view, not is_traced(table), varying_axes(table) if view.mapped else frozenset())
 
     def _tables(self) -> rows.Tables:
-        tables = {merge: getattr(self, _attribute(merge)).get_raw_value() for merge in sorted(self._plan.slots)}
+        tables = {name: getattr(self, _attribute(name)).get_raw_value() for name in self._plan.tables}
         if any(
             isinstance(table, jax.Array) and not is_traced(table) and table.is_deleted() for table in tables.values()
         ):
@@ -226,8 +264,8 @@ class DistributedMetrics(nnx.Module):
 
     def _replace(self, tables: rows.Tables, method: str) -> None:
         try:
-            for merge, table in tables.items():
-                getattr(self, _attribute(merge)).set_raw_value(table)
+            for name, table in tables.items():
+                getattr(self, _attribute(name)).set_raw_value(table)
         except flax.errors.TraceContextError as error:
             raise flax.errors.TraceContextError(_outer_trace(method)) from error
 
@@ -304,9 +342,9 @@ def _outer_trace(method: str) -> str:
     )
 
 
-def _attribute(merge: str) -> str:
+def _attribute(table: str) -> str:
     """The name of the Variable that holds a table."""
-    return f"{merge}_rows"
+    return f"{table}_rows"
 
 
 def _gathered_sharding(tables: rows.Tables) -> NamedSharding | None:

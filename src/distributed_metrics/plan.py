@@ -3,14 +3,14 @@
 import difflib
 import functools
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from distributed_metrics.accumulators import BY_NAME, Accumulator
-from distributed_metrics.merging import MERGES
+from distributed_metrics.merging import SUM, Merge
 
 SEPARATOR = "/"
 
@@ -41,20 +41,42 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Field:
+    """One field of the metrics of a group: their slots lie side by side in one table.
+
+    Attributes:
+        merge: how two of them become one; its name is that of the table.
+        shape: of one metric's field.
+        start: the first slot of the block of ``members * size`` slots.
+    """
+
+    merge: Merge
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Slots of one metric."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
 class Group:
     """The metrics of one accumulator: computed together, their fields side by side.
 
     Attributes:
         accumulator: shared by all members.
         members: indices into ``Plan.metrics``.
-        starts: for each field, the first slot of the block of ``len(members) * size`` slots in its table.
-        size: slots of one field of one member: the product of the accumulator's ``shape``.
+        fields: ``weight``, the accumulator's own, and ``nonfinite`` where elements that are not finite are counted.
     """
 
     accumulator: Accumulator
     members: tuple[int, ...]
-    starts: Mapping[str, int]
-    size: int
+    fields: Mapping[str, Field]
+
+
+NONFINITE = "nonfinite"
+"""The field that counts the elements which ``nan_policy="ignore"`` left out."""
 
 
 class Plan:
@@ -62,54 +84,80 @@ class Plan:
 
     Attributes:
         metrics: in the order of the user's spec.
+        ignores: whether elements that are not finite are left out and counted.
         groups: the same metrics by accumulator.
-        slots: how many slots each table has, by the name of its merge; tables without slots are absent.
+        tables: how two slots of a table become one, by the table's name; only those in use, in the order of names.
+        slots: how many slots each table has.
         values: for each flat name that ``update`` takes, the indices of its metrics.
     """
 
-    def __init__(self, metrics: tuple[Metric, ...]):
+    def __init__(self, metrics: tuple[Metric, ...], ignores: bool):
         self.metrics = metrics
+        self.ignores = ignores
         self.values: dict[str, tuple[int, ...]] = {}
         by_accumulator: dict[Accumulator, list[int]] = {}
         for i in sorted(range(len(metrics)), key=lambda i: metrics[i].name):
             by_accumulator.setdefault(metrics[i].accumulator, []).append(i)
         for i, metric in enumerate(metrics):
             self.values[metric.value] = (*self.values.get(metric.value, ()), i)
+        tables: dict[str, Merge] = {}
         self.slots: dict[str, int] = {}
         self.groups: list[Group] = []
         for accumulator in sorted(by_accumulator, key=lambda a: metrics[by_accumulator[a][0]].name):
             members = tuple(by_accumulator[accumulator])
-            size = int(np.prod(accumulator.shape, dtype=np.int64))
-            starts = {}
-            for field, merge in accumulator.all_fields().items():
-                starts[field] = self.slots.get(merge, 0)
-                self.slots[merge] = starts[field] + len(members) * size
-            self.groups.append(Group(accumulator, members, starts, size))
+            fields = {}
+            for name, merge in fields_of(accumulator, ignores).items():
+                shape = accumulator.shape if name == NONFINITE else accumulator.field_shape(name)
+                fields[name] = Field(merge, shape, self.slots.get(merge.name, 0))
+                self.slots[merge.name] = fields[name].start + len(members) * fields[name].size
+                if tables.setdefault(merge.name, merge) != merge:
+                    raise ValueError(
+                        f"DistributedMetrics(): {accumulator}: the merge of {name!r} is named {merge.name!r}, and "
+                        "another merge has that name.\n  Merges that differ need names of their own."
+                    )
+            self.groups.append(Group(accumulator, members, fields))
+        self.tables = dict(sorted(tables.items()))
+        self.group_of = {i: group for group in self.groups for i in group.members}
+
+    def tables_of(self, members: Iterable[int]) -> tuple[str, ...]:
+        """The names of the tables in which some metrics have fields."""
+        return tuple(sorted({field.merge.name for i in members for field in self.group_of[i].fields.values()}))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _plan_of, (self.metrics,)
+        return plan_of, (self.metrics, self.ignores)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
         return self
 
     def __repr__(self) -> str:
-        return f"Plan({', '.join(f'{m.name}={m.accumulator}' for m in self.metrics)})"
+        policy = ', nan_policy="ignore"' if self.ignores else ""
+        return f"Plan({', '.join(f'{m.name}={m.accumulator}' for m in self.metrics)}{policy})"
+
+
+def fields_of(accumulator: Accumulator, ignores: bool) -> dict[str, Merge]:
+    """All fields that are accumulated for an accumulator, with their merges."""
+    return {**accumulator.merges(), **({NONFINITE: SUM} if ignores else {})}
 
 
 @functools.cache  # never dropped: while an object lives, an equal spec must give its very plan
-def _plan_of(metrics: tuple[Metric, ...]) -> Plan:
-    return Plan(metrics)
+def plan_of(metrics: tuple[Metric, ...], ignores: bool) -> Plan:
+    """The one plan of these metrics."""
+    return Plan(metrics, ignores)
 
 
-def parse(spec: Mapping[str, Any] | None) -> Plan:
+def parse(spec: Mapping[str, Any] | None, ignores: bool = False) -> Plan:
     """The plan of ``reduce_fn``: a (nested) mapping of names to what is accumulated.
+
+    Args:
+        spec: the mapping.
+        ignores: whether elements that are not finite are left out and counted.
 
     Raises:
         TypeError: a spec that is no mapping, a name that is no string, or something that cannot be accumulated.
         ValueError: a bad name, an unknown operation, or two names that flatten to one.
     """
     if spec is None:
-        return _plan_of(())
+        return plan_of((), ignores)
     if not isinstance(spec, Mapping):
         raise TypeError(
             f"DistributedMetrics() takes a dict of names to what is accumulated, not {type(spec).__name__}: {spec!r}.\n"
@@ -118,7 +166,7 @@ def parse(spec: Mapping[str, Any] | None) -> Plan:
     metrics = tuple(_metrics_of(spec, ()))
     _check_names(metrics)
     _check_tuples(metrics)
-    return _plan_of(metrics)
+    return plan_of(metrics, ignores)
 
 
 def _metrics_of(spec: Mapping[str, Any], outer: tuple[str, ...]):
@@ -188,12 +236,10 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
         ) from error
     for label in what.labels or ():
         checked_name(label, path)
-    unknown = {field: merge for field, merge in what.all_fields().items() if merge not in MERGES}
-    if unknown:
-        raise ValueError(
-            f"DistributedMetrics(): {show_path(path)}, {type(what).__name__}: unknown merges {unknown}.\n"
-            f"  Known: {', '.join(map(repr, MERGES))}."
-        )
+    try:
+        what.merges()
+    except ValueError as error:
+        raise ValueError(f"DistributedMetrics(): {show_path(path)}: {error}") from error
     return what
 
 

@@ -5,7 +5,7 @@ dim where a slot is one word. The functions named ``_local_*`` see one row, on t
 ``fresh`` and ``merged`` bring them to every way of running, which a ``View`` describes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,86 +18,98 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import compensated, packing
-from distributed_metrics.contributions import Feed, assembled, contributed
-from distributed_metrics.merging import MERGES, Parts
+from distributed_metrics.contributions import Feed, assembled, contributed, is_first
+from distributed_metrics.merging import Merge, Parts
 from distributed_metrics.plan import Plan
 from distributed_metrics.view import Layout, View
 
 Tables = dict[str, Array]
 
 
-def table_dims(merge: str) -> int:
+def table_dims(plan: Plan, table: str) -> int:
     """How many dims a table has, rows included."""
-    return 2 if MERGES[merge].words == 1 else 3
+    return 2 if plan.tables[table].words == 1 else 3
 
 
-def row_shapes(plan: Plan) -> dict[str, ShapeDtypeStruct]:
-    """The shape and dtype of one row of each table."""
-
-    def shape(merge: str, slots: int) -> tuple[int, ...]:
-        return (slots,) if MERGES[merge].words == 1 else (slots, MERGES[merge].words)
-
-    return {merge: ShapeDtypeStruct(shape(merge, slots), jnp.float32) for merge, slots in sorted(plan.slots.items())}
+def row_shapes(plan: Plan, tables: Iterable[str] | None = None) -> dict[str, ShapeDtypeStruct]:
+    """The shape and dtype of one row of each table, or of some of them."""
+    shapes = {}
+    for table in sorted(plan.tables if tables is None else tables):
+        words = plan.tables[table].words
+        shape = (plan.slots[table],) if words == 1 else (plan.slots[table], words)
+        shapes[table] = ShapeDtypeStruct(shape, jnp.float32)
+    return shapes
 
 
 # --- one row, on its device ---
 
 
-def parts_of(merge: str, row: Any) -> Parts:
+def parts_of(merge: Merge, row: Any) -> Parts:
     """The parts of a table (or row, or rows) whose last dim holds the words of a slot."""
-    return (row,) if MERGES[merge].words == 1 else tuple(row[..., i] for i in range(MERGES[merge].words))
+    return (row,) if merge.words == 1 else tuple(row[..., i] for i in range(merge.words))
 
 
-def _row(merge: str, parts: Parts) -> Array:
-    return parts[0] if MERGES[merge].words == 1 else jnp.stack(parts, axis=-1)
+def _row(merge: Merge, parts: Parts) -> Array:
+    return parts[0] if merge.words == 1 else jnp.stack(parts, axis=-1)
 
 
 def _local_fresh(plan: Plan, axes: tuple[str, ...]) -> Tables:
     """A row that has seen nothing, varying over ``axes`` at once, so that a loop may carry it."""
 
-    def row(merge: str, shape: tuple[int, ...]) -> Array:
-        words = np.asarray(MERGES[merge].identity, np.float32)
+    def row(merge: Merge, shape: tuple[int, ...]) -> Array:
+        words = np.asarray(merge.identity, np.float32)
         identity = jnp.asarray(np.broadcast_to(words if len(words) > 1 else words[0], shape))
         return lax.pcast(identity, axes, to="varying") if axes else identity
 
-    return {merge: row(merge, like.shape) for merge, like in row_shapes(plan).items()}
+    return {table: row(plan.tables[table], like.shape) for table, like in row_shapes(plan).items()}
 
 
 def _like_fresh(plan: Plan, tables: Tables) -> Tables:
     """Fresh rows with exactly the types of ``tables``, so that a loop can carry either."""
 
-    def reset(merge: str, row: Array) -> Array:
+    def reset(table: str, row: Array) -> Array:
         never = (row != row) & (row == row)
-        return jnp.where(never, row, _local_fresh(plan, ())[merge])
+        return jnp.where(never, row, _local_fresh(plan, ())[table])
 
-    return {merge: reset(merge, row) for merge, row in tables.items()}
+    return {table: reset(table, row) for table, row in tables.items()}
 
 
-def _local_merge(plan: Plan, rows: Tables, contribution: dict[str, Parts]) -> Tables:
-    return {
-        merge: _row(merge, MERGES[merge].combine(parts_of(merge, rows[merge]), contribution[merge]))
-        for merge in sorted(plan.slots)
-    }
+def _local_follow(plan: Plan, rows: Tables, contribution: dict[str, Parts]) -> Tables:
+    """The rows after a contribution."""
+    after = {}
+    for table in sorted(contribution):
+        merge = plan.tables[table]
+        after[table] = _row(merge, merge.after(parts_of(merge, rows[table]), contribution[table]))
+    return after
 
 
 def _local_words(tables: Tables) -> Array:
     """A row as one flat float32 buffer: the tables in the order of their names."""
-    return packing.pack([tables[merge] for merge in sorted(tables)])[np.dtype(np.float32)]
+    return packing.pack([tables[table] for table in sorted(tables)])[np.dtype(np.float32)]
 
 
-def split_words(plan: Plan, words: Any) -> dict[str, Any]:
-    """The tables of a buffer ``(..., words)``: arrays ``(..., slots, words of a slot)``."""
-    like = row_shapes(plan)
+def split_words(plan: Plan, words: Any, tables: Iterable[str] | None = None) -> dict[str, Any]:
+    """The tables (all, or some) of a buffer ``(..., words)``: arrays ``(..., slots, words of a slot)``."""
+    like = row_shapes(plan, tables)
     return dict(zip(like, packing.unpack({np.dtype(np.float32): words}, list(like.values())), strict=True))
 
 
-def join_words(parts: Mapping[str, tuple[Any, ...]], xp: Any) -> Any:
+def join_words(plan: Plan, parts: Mapping[str, tuple[Any, ...]], xp: Any) -> Any:
     """The buffer ``(..., words)`` of tables in parts ``(..., slots)``: NumPy arrays, or traced ones."""
     flat = []
-    for merge, table in sorted(parts.items()):
-        words = xp.stack(table, axis=-1) if MERGES[merge].words > 1 else table[0]
-        flat.append(words.reshape(*table[0].shape[:-1], -1))
+    for table, of_table in sorted(parts.items()):
+        words = xp.stack(of_table, axis=-1) if plan.tables[table].words > 1 else of_table[0]
+        flat.append(words.reshape(*of_table[0].shape[:-1], -1))
     return xp.concatenate(flat, axis=-1)
+
+
+def merged_parts(plan: Plan, words: Any, tables: Iterable[str] | None = None) -> dict[str, Parts]:
+    """The merge over the first dim of a buffer ``(rows, ..., words)``, in parts ``(..., slots)``."""
+    merged = {}
+    for table, rows in split_words(plan, words, tables).items():
+        merge = plan.tables[table]
+        merged[table] = compensated.fold(merge.combine, parts_of(merge, rows), merge.identity)
+    return merged
 
 
 def _local_merged(plan: Plan, axes: tuple[str, ...], row: Tables) -> Array:
@@ -105,12 +117,8 @@ def _local_merged(plan: Plan, axes: tuple[str, ...], row: Tables) -> Array:
     words = _local_words(row)
     if not axes:
         return words
-    tables = split_words(plan, lax.all_gather(words, axes, to="invarying"))
-    merged = {
-        merge: _row(merge, compensated.fold(MERGES[merge].combine, parts_of(merge, rows), MERGES[merge].identity))
-        for merge, rows in tables.items()
-    }
-    return _local_words(merged)
+    merged = merged_parts(plan, lax.all_gather(words, axes, to="invarying"), row)
+    return _local_words({table: _row(plan.tables[table], parts) for table, parts in merged.items()})
 
 
 # --- every way of running ---
@@ -126,11 +134,11 @@ def _on_rows(view: View, function: Callable[..., Any], in_specs: Any, out_specs:
 
 
 def _rowless(view: View, tables: Tables) -> Tables:
-    return {merge: table[0] for merge, table in tables.items()} if view.row_dim else tables
+    return {name: table[0] for name, table in tables.items()} if view.row_dim else tables
 
 
 def _rowed(view: View, tables: Tables) -> Tables:
-    return {merge: table[None] for merge, table in tables.items()} if view.row_dim else tables
+    return {name: table[None] for name, table in tables.items()} if view.row_dim else tables
 
 
 def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, arrays: Sequence[Array]) -> Tables:
@@ -147,22 +155,25 @@ def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, array
     known = [feed for feed in feeds if feed.known]
     unknown = [feed for feed in feeds if not feed.known]
     # A value whose partition is not known is reduced by XLA, to the size of an accumulator; the first row counts it.
-    outer = contributed(plan, unknown, [feed.take(arrays) for feed in unknown], (), split=False)
+    outer = contributed(plan, unknown, [feed.take(arrays) for feed in unknown], (), (), split=False)
+    touched = plan.tables_of(member for feed in feeds for member in feed.metrics)
 
     def local(rows: Tables, given: Sequence[Sequence[Array]], outer_fields: Sequence[dict[str, Parts]]) -> Tables:
-        blocks = contributed(plan, known, given, counting, split=True)
+        blocks = contributed(plan, known, given, counting, view.mapped, split=True)
         blocks += [replace(block, fields=f).on_first(counting) for block, f in zip(outer, outer_fields, strict=True)]
         contribution = assembled(plan, blocks)
         if used_others:
             contribution = _merged_over(plan, used_others, contribution)
-        return _rowed(view, _local_merge(plan, _rowless(view, rows), contribution))
+        return _rowed(view, _local_follow(plan, _rowless(view, rows), contribution))
 
     row_spec = P(view.spread)
     specs = [[source.spec for source in feed.sources] for feed in known]
     given = [feed.take(arrays) for feed in known]
     if view.explicit:  # a weight follows its value
         given = jax.tree.map(partial(_resharded, view), given, specs)
-    return _on_rows(view, local, (row_spec, specs, P()), row_spec)(tables, given, [block.fields for block in outer])
+    before = {table: tables[table] for table in touched}
+    after = _on_rows(view, local, (row_spec, specs, P()), row_spec)(before, given, [block.fields for block in outer])
+    return {**tables, **after}
 
 
 def _resharded(view: View, array: Array, spec: P) -> Array:
@@ -172,9 +183,9 @@ def _resharded(view: View, array: Array, spec: P) -> Array:
 
 def _merged_over(plan: Plan, axes: tuple[str, ...], contribution: dict[str, Parts]) -> dict[str, Parts]:
     """The contributions of devices that share a row, as one."""
-    tables = {merge: _row(merge, parts) for merge, parts in contribution.items()}
-    merged = split_words(plan, _local_merged(plan, axes, tables))
-    return {merge: parts_of(merge, row) for merge, row in merged.items()}
+    tables = {table: _row(plan.tables[table], parts) for table, parts in contribution.items()}
+    merged = split_words(plan, _local_merged(plan, axes, tables), tables)
+    return {table: parts_of(plan.tables[table], row) for table, row in merged.items()}
 
 
 def merged(plan: Plan, view: View, tables: Tables) -> Array:
@@ -184,6 +195,21 @@ def merged(plan: Plan, view: View, tables: Tables) -> Array:
         return _local_merged(plan, view.mapped + view.spread, _rowless(view, rows))
 
     return _over_populations(plan, view, _on_rows(view, local, P(view.spread), P()), tables)
+
+
+def absorbed(plan: Plan, view: View, tables: Tables, words: Array) -> Tables:
+    """The rows after a merged snapshot, a buffer of words that is the same everywhere: the first row takes it."""
+
+    def local(rows: Tables, words: Array) -> Tables:
+        first = is_first(view.mapped + view.spread) if view.mapped + view.spread else jnp.bool_(True)
+        contribution = {}
+        for table, row in split_words(plan, words).items():
+            parts = parts_of(plan.tables[table], row)
+            others = plan.tables[table].in_other_rows(parts)
+            contribution[table] = tuple(jnp.where(first, part, o) for part, o in zip(parts, others, strict=True))
+        return _rowed(view, _local_follow(plan, _rowless(view, rows), contribution))
+
+    return _on_rows(view, local, (P(view.spread), P()), P(view.spread))(tables, words)
 
 
 def reset(plan: Plan, view: View, tables: Tables) -> Tables:
@@ -202,8 +228,8 @@ def unmerged(plan: Plan, tables: Tables) -> Array:
 
 def populations(plan: Plan, view: View, tables: Tables) -> int:
     """How many dims ``vmap`` (or ``scan``) put in front of the rows."""
-    merge = min(tables)
-    return tables[merge].ndim - table_dims(merge) + (0 if view.row_dim else 1)
+    table = min(tables)
+    return tables[table].ndim - table_dims(plan, table) + (0 if view.row_dim else 1)
 
 
 def _over_populations(plan: Plan, view: View, function: Callable[[Tables], Any], tables: Tables) -> Any:
@@ -219,7 +245,7 @@ def fresh(plan: Plan, layout: Layout) -> Tables:
     spread = tuple(axis for axis in layout.axes if axis not in mapped)
 
     def local() -> Tables:
-        return {merge: row[None] for merge, row in _local_fresh(plan, mapped + spread).items()}
+        return {table: row[None] for table, row in _local_fresh(plan, mapped + spread).items()}
 
     if layout.mesh is None or not spread:
         return local()

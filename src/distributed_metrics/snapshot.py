@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distributed_metrics import compensated
-from distributed_metrics.merging import MERGES
-from distributed_metrics.plan import SEPARATOR, Group, Plan, did_you_mean, show_path
-from distributed_metrics.rows import join_words, parts_of, split_words
+from distributed_metrics import portable
+from distributed_metrics.merging import Numbers, Parts
+from distributed_metrics.plan import NONFINITE, SEPARATOR, Group, Plan, did_you_mean, show_path
+from distributed_metrics.rows import join_words, merged_parts, parts_of, split_words
 from distributed_metrics.view import is_traced
 
 Number = float | np.ndarray | jax.Array
@@ -45,7 +45,7 @@ class Snapshot(Mapping[str, Any]):
         self._plan = plan
         self._words: Any = words
         self._rows = rows
-        self._merged: dict[str, Any] | None = None
+        self._merged: dict[str, Numbers] | None = None
         self._results: list[Any] | None = None
 
     # --- a mapping ---
@@ -61,16 +61,15 @@ class Snapshot(Mapping[str, Any]):
                 if key in (metric.name, metric.value):
                     hint = f" A nested result is read by one key at a time: snapshot{show_path(metric.path)}"
             raise KeyError(f"{key!r}: this snapshot has {', '.join(map(repr, known))}.{hint}")
-        results = self._all_results()
         tree: Any = {}
         for i in members:
             path = self._plan.metrics[i].path[1:]
             if not path:
-                return results[i]
+                return self._result(i)
             branch = tree
             for inner in path[:-1]:
                 branch = branch.setdefault(inner, {})
-            branch[path[-1]] = results[i]
+            branch[path[-1]] = self._result(i)
         return tree
 
     def __iter__(self) -> Iterator[str]:
@@ -111,24 +110,117 @@ class Snapshot(Mapping[str, Any]):
                 "  Return the snapshot from the jitted function, and flatten it outside."
             )
         flat: dict[str, float] = {}
-        for metric, result, weight in zip(self._plan.metrics, self._all_results(), self._weights(), strict=True):
+        outside = self._by_metric(_outside_of)
+        for i, (metric, weight) in enumerate(zip(self._plan.metrics, self._weights(), strict=True)):
+            if isinstance(metric.accumulator, portable.Stored):
+                continue
             name = sep.join((prefix, *metric.path) if prefix else metric.path)
-            results, weights = np.asarray(result), np.asarray(weight)
+            results, weights = np.asarray(self._result(i)), np.asarray(weight)
             for index in np.ndindex(results.shape):
                 if empty == "nan" or weights[index[: weights.ndim]] != 0:
                     element = _padded(index, results.shape)
                     if (labels := metric.accumulator.labels) is not None:
                         element[-1] = labels[index[-1]]
                     flat[sep.join((name, *element))] = float(results[index])
+            for kind, number in outside[i].items():
+                for index in np.ndindex(np.shape(number)):
+                    if empty == "nan" or number[index] != 0:
+                        flat[sep.join((name, *_padded(index, number.shape), kind))] = float(number[index])
         return flat
 
     @property
     def count(self) -> Mapping[str, Any]:
         """The total weight that each result has seen, by flat name; of a ratio, its denominator."""
-        counts = {}
-        for metric, weight in zip(self._plan.metrics, self._weights(), strict=True):
-            counts[metric.name] = weight
-        return _ByFlatName(counts, self._plan)
+        return self._by_flat_name(self._weights())
+
+    @property
+    def nonfinite(self) -> Mapping[str, Any]:
+        """How many elements were left out because they were not finite, by flat name.
+
+        Raises:
+            ValueError: with ``nan_policy="propagate"``, where none are left out.
+        """
+        if not self._plan.ignores:
+            raise ValueError(
+                'Snapshot.nonfinite: these metrics propagate what is not finite, with nan_policy="propagate".\n'
+                '  To leave it out and count it: DistributedMetrics({...}, nan_policy="ignore")'
+            )
+        return self._by_flat_name(self._by_metric(lambda group, tables, xp: _field(group, NONFINITE, tables)))
+
+    @property
+    def outside(self) -> Mapping[str, Mapping[str, Any]]:
+        """What histograms saw beyond their edges, by flat name: weights of ``underflow``, ``overflow`` and ``nan``."""
+        shown = [
+            {kind: number if np.ndim(number) or is_traced(number) else float(number) for kind, number in one.items()}
+            for one in self._by_metric(_outside_of)
+        ]
+        return self._by_flat_name(shown)
+
+    def _by_flat_name(self, of_metrics: list[Any]) -> "_ByFlatName":
+        names = (metric.name for metric in self._plan.metrics)
+        return _ByFlatName(dict(zip(names, of_metrics, strict=True)), self._plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The merged state as a nested dict of NumPy arrays (numbers only), for a checkpoint or a file.
+
+        JSON wants lists: ``jax.tree.map(np.ndarray.tolist, snapshot.to_dict())``. Rows are merged in it, so that any
+        number of devices can carry on with it: ``metrics.merge(Snapshot.from_dict(d))``.
+
+        >>> from distributed_metrics import DistributedMetrics
+        >>> metrics = DistributedMetrics({"loss": "mean"})
+        >>> metrics.update(loss=0.5)
+        >>> saved = metrics.compute().to_dict()
+        >>> Snapshot.from_dict(saved)["loss"]
+        0.5
+        """
+        if is_traced(self._words):
+            raise TypeError(
+                "Snapshot.to_dict() gives NumPy arrays, and in a trace there are none yet.\n"
+                "  Return the snapshot from the jitted function, and save it outside."
+            )
+        return portable.to_dict(self._plan, self._host_parts())
+
+    @staticmethod
+    def from_dict(d: Mapping[str, Any]) -> "Snapshot":
+        """The snapshot of what ``to_dict`` gave; its leaves may be NumPy arrays, JAX arrays or lists.
+
+        The result of a clu metric, or of an accumulator of your own, can be read after ``metrics.merge`` into an object
+        that has its class; flat results leave it out before.
+
+        Raises:
+            ValueError: no such dict; one that a newer version of this library wrote; metrics or fields that are missing
+                or of another shape than its spec says.
+        """
+        plan, parts = portable.from_dict(d)
+        return Snapshot(plan, join_words(plan, parts, np), rows=False)
+
+    def _host_parts(self) -> dict[str, Parts]:
+        """Each table merged, in words ``(..., slots)``, on the host."""
+        return {table: self._plan.tables[table].split(numbers) for table, numbers in self._tables().items()}
+
+    def _words_for(self, plan: Plan, method: str) -> Any:
+        """The merged state as one buffer of words in the layout of ``plan``, for an object that takes it up.
+
+        Raises:
+            ValueError: another spec, or a population.
+        """
+        if differs := portable.difference(plan, self._plan):
+            raise ValueError(
+                f"metrics.{method}(): the snapshot is of another spec. The accumulators first, the snapshot second:\n"
+                f"{differs}"
+            )
+        lead = np.shape(self._words)[: -2 if self._rows else -1]
+        if lead:
+            raise ValueError(
+                f"metrics.{method}(): the snapshot is of a population, or of stacked windows: {lead} in front of its "
+                f"results.\n  Take one: metrics.{method}(jax.tree.map(lambda x: x[0], snapshot))"
+            )
+        if is_traced(self._words):
+            return join_words(plan, self._merged_parts(), jnp)
+        parts = self._host_parts()
+        if plan is not self._plan:  # read from a dict, without the classes that this plan has
+            parts = portable.from_dict(portable.to_dict(self._plan, parts), plan)[1]
+        return join_words(plan, parts, np)
 
     def __add__(self, other: Any) -> "Snapshot":
         """Both windows together: what one would have been told of a window that spans the two.
@@ -140,15 +232,16 @@ class Snapshot(Mapping[str, Any]):
             return NotImplemented
         if self._plan is not other._plan:
             raise ValueError(
-                "Snapshot + Snapshot: they are of different specs.\n"
-                f"  The left:  {self._plan}\n  The right: {other._plan}"
+                "Snapshot + Snapshot: they are of different specs. The left first, the right second:\n"
+                f"{portable.difference(self._plan, other._plan)}"
             )
+        merges = self._plan.tables
         if is_traced(self._words) or is_traced(other._words):
             mine, theirs = self._merged_parts(), other._merged_parts()
-            parts = {merge: MERGES[merge].combine(mine[merge], theirs[merge]) for merge in mine}
-            return Snapshot(self._plan, join_words(parts, jnp), rows=False)
+            parts = {table: merges[table].after(mine[table], theirs[table]) for table in mine}
+            return Snapshot(self._plan, join_words(self._plan, parts, jnp), rows=False)
         mine, theirs = self._tables(), other._tables()
-        shapes = [next(iter(tables.values())).shape[:-1] for tables in (mine, theirs)]
+        shapes = [next(iter(tables.values()))[0].shape[:-1] for tables in (mine, theirs)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"Snapshot + Snapshot: the left one has the leading dims {shapes[0]}, the right one {shapes[1]}.\n"
@@ -156,10 +249,9 @@ class Snapshot(Mapping[str, Any]):
             )
         with np.errstate(invalid="ignore"):  # inf - inf
             words = {
-                merge: MERGES[merge].split(MERGES[merge].combine_rows(np.stack([mine[merge], theirs[merge]]), axis=0))
-                for merge in mine
+                table: merges[table].split(merges[table].after_numbers(mine[table], theirs[table])) for table in mine
             }
-        return Snapshot(self._plan, join_words(words, np), rows=False)
+        return Snapshot(self._plan, join_words(self._plan, words, np), rows=False)
 
     def __radd__(self, other: Any) -> "Snapshot":
         """``sum(snapshots)`` starts from 0."""
@@ -187,9 +279,9 @@ class Snapshot(Mapping[str, Any]):
                 "  Call compute() or flush() outside of jit to keep them; a sum of snapshots has none either."
             )
         tables = self._host_rows()
-        group = next(group for group in self._plan.groups if i in group.members)
+        group = self._plan.group_of[i]
         results = _results_of(group, tables, np)
-        lead = next(iter(tables.values())).ndim - 1
+        lead = next(iter(tables.values()))[0].ndim - 1
         return results[(slice(None),) * lead + (group.members.index(i),)]
 
     def is_ready(self) -> bool:
@@ -199,77 +291,99 @@ class Snapshot(Mapping[str, Any]):
 
     # --- from words to results ---
 
-    def _host_rows(self) -> dict[str, np.ndarray]:
-        """Each table as float64 ``(..., rows, slots)``, or ``(..., slots)`` where rows are merged. One copy."""
+    def _host_rows(self) -> dict[str, Numbers]:
+        """Each table in float64 numbers ``(..., rows, slots)``, or ``(..., slots)`` where rows are merged. One copy."""
         if isinstance(self._words, jax.Array):
             self._words = jax.device_get(self._words)
         tables = split_words(self._plan, self._words)
-        return {merge: MERGES[merge].widen(parts_of(merge, table)) for merge, table in tables.items()}
+        merges = self._plan.tables
+        return {name: merges[name].widen(parts_of(merges[name], table)) for name, table in tables.items()}
 
-    def _tables(self) -> dict[str, Any]:
-        """Each table merged: float64 NumPy arrays ``(..., slots)`` on the host, float32 in a trace."""
+    def _tables(self) -> dict[str, Numbers]:
+        """Each table merged, in numbers ``(..., slots)``: float64 NumPy arrays on the host, float32 in a trace."""
         if self._merged is None:
+            merges = self._plan.tables
             if is_traced(self._words):
-                self._merged = {merge: MERGES[merge].narrow(parts) for merge, parts in self._merged_parts().items()}
+                self._merged = {table: merges[table].narrow(parts) for table, parts in self._merged_parts().items()}
             else:
                 tables = self._host_rows()
                 if self._rows:
-                    tables = {merge: MERGES[merge].combine_rows(table, axis=-2) for merge, table in tables.items()}
+                    tables = {name: merges[name].merge_rows(numbers, axis=-2) for name, numbers in tables.items()}
                 self._merged = tables
         return self._merged
 
-    def _merged_parts(self) -> dict[str, Any]:
+    def _merged_parts(self) -> dict[str, Parts]:
         """Each table merged, in words, in a trace."""
-        tables = {}
-        for merge, table in split_words(self._plan, self._words).items():
-            parts = parts_of(merge, table)
-            if self._rows:
-                rows_first = tuple(jnp.moveaxis(part, -2, 0) for part in parts)
-                parts = compensated.fold(MERGES[merge].combine, rows_first, MERGES[merge].identity)
-            tables[merge] = parts
-        return tables
+        if self._rows:
+            return merged_parts(self._plan, jnp.moveaxis(self._words, -2, 0))
+        tables = split_words(self._plan, self._words)
+        return {name: parts_of(self._plan.tables[name], table) for name, table in tables.items()}
 
-    def _all_results(self) -> list[Any]:
-        """The result of each metric, in the order of the plan."""
+    def _result(self, i: int) -> Any:
+        """The result of the i-th metric of the plan; with it, those of all of its group."""
         if self._results is None:
-            tables = self._tables()
-            self._results = self._by_metric(lambda group, xp: _results_of(group, tables, xp))
-        return self._results
+            self._results = [None] * len(self._plan.metrics)
+        if self._results[i] is None:
+            group = self._plan.group_of[i]
+            results = self._of_group(_results_of, group)
+            for member, result in zip(group.members, results, strict=True):
+                self._results[member] = result
+        return self._results[i]
 
     def _weights(self) -> list[Any]:
-        tables = self._tables()
-        return self._by_metric(lambda group, xp: _field(group, "weight", tables))
+        return self._by_metric(lambda group, tables, xp: _field(group, "weight", tables))
 
     def _by_metric(self, of_group: Any) -> list[Any]:
-        traced = is_traced(self._words)
-        lead = next(iter(self._tables().values())).ndim - 1 if self._plan.metrics else 0
         results: list[Any] = [None] * len(self._plan.metrics)
         for group in self._plan.groups:
-            together = of_group(group, jnp if traced else np)
-            for k, i in enumerate(group.members):
-                one = together[(slice(None),) * lead + (k,)]
-                results[i] = one if traced or np.ndim(one) else float(one)
+            for i, result in zip(group.members, self._of_group(of_group, group), strict=True):
+                results[i] = result
         return results
 
+    def _of_group(self, of_group: Any, group: Group) -> list[Any]:
+        """What a function gives for each member of a group."""
+        traced, tables = is_traced(self._words), self._tables()
+        lead = next(iter(tables.values()))[0].ndim - 1
+        together = of_group(group, tables, jnp if traced else np)
 
-def _field(group: Group, field: str, tables: Mapping[str, Any]) -> Any:
-    """One field of all members of a group: ``(..., members, *S)``."""
-    merge = group.accumulator.all_fields()[field]
-    table = tables[merge]
-    block = table[..., group.starts[field] : group.starts[field] + len(group.members) * group.size]
-    return block.reshape(*table.shape[:-1], len(group.members), *group.accumulator.shape)
+        def member(k: int) -> Any:
+            if isinstance(together, dict):
+                return {name: number[(slice(None),) * lead + (k,)] for name, number in together.items()}
+            one = together[(slice(None),) * lead + (k,)]
+            return one if traced or np.ndim(one) else float(one)
+
+        return [member(k) for k in range(len(group.members))]
 
 
-def _results_of(group: Group, tables: Mapping[str, Any], xp: Any) -> Any:
-    """The results of all members of a group: ``(..., members, *S)``."""
-    accumulator = group.accumulator
-    fields = {field: _field(group, field, tables) for field in accumulator.all_fields()}
+def _field(group: Group, field: str, tables: Mapping[str, Numbers]) -> Any:
+    """One field of all members of a group: ``(..., members, *shape)``; a tuple where its merge has several numbers."""
+    place = group.fields[field]
+    of_members = []
+    for number in tables[place.merge.name]:
+        block = number[..., place.start : place.start + len(group.members) * place.size]
+        of_members.append(block.reshape(*number.shape[:-1], len(group.members), *place.shape))
+    return of_members[0] if len(of_members) == 1 else tuple(of_members)
+
+
+def _own_fields(group: Group, tables: Mapping[str, Numbers]) -> dict[str, Any]:
+    """``weight`` and the accumulator's own fields."""
+    return {field: _field(group, field, tables) for field in group.fields if field != NONFINITE}
+
+
+def _results_of(group: Group, tables: Mapping[str, Numbers], xp: Any) -> Any:
+    """The results of all members of a group: ``(..., members, *result_shape)``."""
+    fields = _own_fields(group, tables)
     with np.errstate(all="ignore"):  # what is empty divides by 0
-        results = accumulator.result(xp, **fields)
-    if accumulator.empty is None:
+        results = group.accumulator.result(xp, **fields)
+    if group.accumulator.empty is None:
         return results
     weight = fields["weight"].reshape(fields["weight"].shape + (1,) * (results.ndim - fields["weight"].ndim))
-    return xp.where(weight == 0, accumulator.empty, results)
+    return xp.where(weight == 0, group.accumulator.empty, results)
+
+
+def _outside_of(group: Group, tables: Mapping[str, Numbers], xp: Any) -> dict[str, Any]:
+    """What is beside the results of all members of a group, by name: ``(..., members, *S)``."""
+    return group.accumulator.outside(xp, **_own_fields(group, tables))
 
 
 def _padded(index: tuple[int, ...], shape: tuple[int, ...]) -> list[str]:

@@ -135,6 +135,8 @@ def feeds_of(
                 weight_shape = arrays[index].shape[:-1] if weight_pair else arrays[index].shape
                 _check_weight(name, weight_shape, shape, accumulator)
                 input_weights.append(Source(index, _weight_spec(spec, weight_shape, weight_pair), weight_pair))
+        if plan.ignores:
+            _check_partners(name, accumulator, [arrays[one.index].shape[: -1 if one.pair else None] for one in inputs])
         feeds.append(Feed(metrics, tuple(inputs), tuple(input_weights)))
         if situation.rows_vary:
             _check_varying(plan, name, feeds[-1], arrays, situation)
@@ -233,6 +235,17 @@ def _check_weight(name: str, weight: tuple[int, ...], value: tuple[int, ...], ac
         f"metrics.update(): the weight of {name!r} has shape {weight}, and its value has shape {value}: they do not "
         f"align.\n  {fix}"
     )
+
+
+def _check_partners(name: str, accumulator: Accumulator, shapes: list[tuple[int, ...]]) -> None:
+    """With ``nan_policy="ignore"`` an element that is left out takes its partner with it, so it must have one."""
+    if len(set(shapes)) > 1:
+        parts = ", ".join(f"{part} {shape}" for part, shape in zip(accumulator.inputs, shapes, strict=True))
+        raise ValueError(
+            f'metrics.update(): {name!r} has parts of the shapes {parts}, and nan_policy="ignore" leaves out pairs of '
+            "which one is not finite.\n  Give both parts one shape, or mask them yourself with weight= and "
+            'nan_policy="propagate".'
+        )
 
 
 def _weight_spec(spec: P | None, shape: tuple[int, ...], pair: bool) -> P | None:

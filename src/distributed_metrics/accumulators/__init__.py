@@ -3,6 +3,10 @@
 from distributed_metrics.accumulators._base import Accumulator
 from distributed_metrics.accumulators._batch import Batch
 from distributed_metrics.accumulators.basic import Count, Max, Mean, Min, Ratio, Sum
+from distributed_metrics.accumulators.histogram import Histogram
+from distributed_metrics.accumulators.latest import Last
+from distributed_metrics.accumulators.moments import Std, Var
+from distributed_metrics.accumulators.quantile import Quantile
 
 BY_NAME: dict[str, type[Accumulator]] = {
     "mean": Mean,
@@ -11,6 +15,24 @@ BY_NAME: dict[str, type[Accumulator]] = {
     "max": Max,
     "min": Min,
     "ratio": Ratio,
+    "var": Var,
+    "std": Std,
+    "last": Last,
 }
 
-__all__ = ["BY_NAME", "Accumulator", "Batch", "Count", "Max", "Mean", "Min", "Ratio", "Sum"]
+__all__ = [
+    "BY_NAME",
+    "Accumulator",
+    "Batch",
+    "Count",
+    "Histogram",
+    "Last",
+    "Max",
+    "Mean",
+    "Min",
+    "Quantile",
+    "Ratio",
+    "Std",
+    "Sum",
+    "Var",
+]

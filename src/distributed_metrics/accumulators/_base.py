@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from distributed_metrics.merging import MERGES, SUM, Merge
+
 
 @dataclass(frozen=True)
 class Accumulator:
@@ -12,13 +14,13 @@ class Accumulator:
 
     A subclass names its ``fields`` (each with the merge that joins two of them, ``"sum"`` or ``"max"``), says what a
     batch contributes to them, and what number they make in the end. One more field, ``weight``, is always there: the
-    total weight seen, of merge ``"sum"``.
+    total weight seen, of merge ``"sum"``. ``testing.check_accumulator`` holds one of yours to the laws.
 
     Args:
         shape: the shape S of one element, ``()`` for scalars; 10 is short for ``(10,)``. Values then have shape
             ``(..., *S)``, and results shape S: a vector per class or per layer.
         name: the name of the result in a tuple of accumulators; by default that of the class, in lower case.
-        labels: names for the elements of a vector, in flat results; by default their numbers.
+        labels: names for the last dim of the result, in flat results; by default its elements are numbered.
 
     Raises:
         ValueError: not as many labels as elements.
@@ -41,7 +43,7 @@ class Accumulator:
     10.0
     """
 
-    fields: ClassVar[Mapping[str, str]] = {}
+    fields: ClassVar[Mapping[str, str | Merge]] = {}
     """The accumulated fields, beside ``weight``, and the merge of each."""
 
     empty: ClassVar[float | None] = float("nan")
@@ -62,14 +64,14 @@ class Accumulator:
         object.__setattr__(self, "shape", tuple(map(operator.index, shape)))
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
-            if (len(self.labels),) != self.shape:
+            if (len(self.labels),) != self.result_shape()[-1:]:
                 raise ValueError(
-                    f"{type(self).__name__}(shape={self.shape}): {len(self.labels)} labels for that shape: "
-                    f"{', '.join(map(repr, self.labels))}.\n  Give a vector one label for each element."
+                    f"{self}: {len(self.labels)} labels for results of shape {self.result_shape()}: "
+                    f"{', '.join(map(repr, self.labels))}.\n  Give one label for each element of the last dim."
                 )
 
     def contribution(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a batch adds: for each field an array of shape S, or what a reduction of ``Batch`` returned.
+        """What a batch adds: for each field an array of its shape, or what a reduction of ``Batch`` returned.
 
         Args:
             *args: the elements and weights that one device sees: one ``Batch`` for each of ``inputs``.
@@ -85,16 +87,43 @@ class Accumulator:
 
         Args:
             *args: ``xp``: ``numpy`` (float64, on the host) or ``jax.numpy`` (float32, in a trace).
-            **kwargs: ``weight``, the total weight, and the merged fields by name, each of shape ``(..., *S)``.
+            **kwargs: ``weight``, the total weight, and the merged fields by name, each of shape ``(..., *S)``; where
+                the merge has several numbers, a tuple of such arrays.
 
         Returns:
-            An array of that shape; where ``weight`` is 0, ``empty`` stands instead.
+            An array of shape ``(..., *result_shape())``; where ``weight`` is 0, ``empty`` stands instead.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it results in: def result(self, xp, weight)")
 
-    def all_fields(self) -> dict[str, str]:
-        """``weight`` and the fields, with their merges."""
-        return {"weight": "sum", **self.fields}
+    def field_shape(self, field: str) -> tuple[int, ...]:
+        """The shape of one field: S, unless it is overridden."""
+        return self.shape
+
+    def result_shape(self) -> tuple[int, ...]:
+        """The shape of the result: S, unless it is overridden; its leading dims are S."""
+        return self.shape
+
+    def outside(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What was seen and is not in the result, by name, from the arguments of ``result``: nothing, as a rule.
+
+        Flat results show it where it is not 0, as in ``latency/overflow`` beside the bins of a histogram.
+        """
+        return {}
+
+    def merges(self) -> dict[str, Merge]:
+        """``weight`` and the fields, with their merges.
+
+        Raises:
+            ValueError: a merge that does not exist.
+        """
+        unknown = {name: merge for name, merge in self.fields.items() if isinstance(merge, str) and merge not in MERGES}
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}.fields has unknown merges {unknown}.\n"
+                f"  Known: {', '.join(map(repr, MERGES))}; or give a distributed_metrics.merging.Merge."
+            )
+        named = {name: MERGES[merge] if isinstance(merge, str) else merge for name, merge in self.fields.items()}
+        return {"weight": SUM, **named}
 
     def label(self) -> str:
         """The name under which a tuple of accumulators shows this one."""
