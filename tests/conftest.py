@@ -5,11 +5,14 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import hypothesis
 import jax
 import pytest
 
 DEVICES = 8
 collect_ignore = ["programs"]  # started by tests, as processes of their own
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")  # the same data in every run: a failure is one of the code
 
 
 def pytest_sessionstart():

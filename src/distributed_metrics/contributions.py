@@ -1,7 +1,7 @@
 """values -> contribution: what a batch adds, in the small arrays that the state is made of."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Feed:
-    """One value of one update: the metrics it feeds, and the arrays it consists of, each with its weight or None."""
+    """One value of one update: the metrics it feeds, and the arrays it consists of, each with its weight or None.
+
+    Where the value is a dict of keywords, ``keywords`` names the arrays, and ``settings`` are those that are no arrays.
+    """
 
     metrics: tuple[int, ...]
     inputs: tuple[Source, ...]
     weights: tuple[Source | None, ...]
+    keywords: tuple[str, ...] | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -134,7 +139,7 @@ def contributed(
 def _likeness(plan: Plan, i: int, feed: Feed, given: Sequence[Array], split: bool) -> Any:
     """Equal for metrics whose contributions may be computed together."""
     values = given[: len(feed.inputs)]
-    if not split or any(array.size > _MOST_STACKED_ELEMENTS for array in values):
+    if not split or feed.keywords is not None or any(array.size > _MOST_STACKED_ELEMENTS for array in values):
         return i
     shapes = tuple((array.shape, array.dtype, source.pair) for array, source in zip(values, feed.inputs, strict=True))
     return plan.metrics[i].accumulator, shapes, tuple(source.spec for source in feed.inputs), feed.weights
@@ -151,6 +156,9 @@ def _contribution_function(
     """What one value adds, as a function of its arrays and their weights."""
 
     def contribute(values: Sequence[Array], weights: Sequence[Array]) -> dict[str, Parts]:
+        if feed.keywords is not None:
+            named = dict(zip(feed.keywords, values, strict=True))
+            return _checked_fields(accumulator, accumulator.contribution(**named, **dict(feed.settings)))
         remaining = iter(weights)
         batches = []
         for value, source, weight_source in zip(values, feed.inputs, feed.weights, strict=True):
@@ -164,7 +172,8 @@ def _contribution_function(
         nonfinite: dict[str, Parts] = {}
         if ignores:
             batches, nonfinite = _finite_only(batches)
-        return {**_checked_fields(accumulator, batches), **nonfinite}
+        given = accumulator.contribution(*batches)
+        return {**_checked_fields(accumulator, {"weight": batches[0].total_weight(), **given}), **nonfinite}
 
     return contribute
 
@@ -213,16 +222,13 @@ def _gated(weight: Array | Pair | None, gate: Array) -> Array | Pair:
     return weight & gate
 
 
-def _checked_fields(accumulator: Accumulator, batches: Sequence[Batch]) -> dict[str, Parts]:
+def _checked_fields(accumulator: Accumulator, given: Mapping[str, Any]) -> dict[str, Parts]:
     """The contribution in full: every field, as parts of the field's shape.
 
     Raises:
         ValueError: the accumulator returned other fields, or another shape, than it declares.
     """
     name = type(accumulator).__name__
-    given = accumulator.contribution(*batches)
-    if "weight" not in given:
-        given = {**given, "weight": batches[0].total_weight()}
     merges = fields_of(accumulator, ignores=False)
     if set(given) != set(merges):
         raise ValueError(

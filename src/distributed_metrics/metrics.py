@@ -12,11 +12,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import reducers, rows
+from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
 from distributed_metrics.contributions import Feed
 from distributed_metrics.placement import Situation, on_device
-from distributed_metrics.plan import Plan, parse
+from distributed_metrics.plan import Plan, learnt_plan, parse
 from distributed_metrics.snapshot import Snapshot
-from distributed_metrics.values import by_name, feeds_of, named_values
+from distributed_metrics.values import by_name, feeds_of, keywords_of, named_values
 from distributed_metrics.view import Layout, View, is_traced, look, make_layout, varying_axes
 
 _LOCK = threading.RLock()
@@ -38,6 +39,11 @@ def _update_program(plan: Plan, view: View, feeds: tuple[Feed, ...]) -> Callable
 @functools.lru_cache(maxsize=1024)
 def _absorb_program(plan: Plan, view: View) -> Callable[[rows.Tables, Any], rows.Tables]:
     return jax.jit(functools.partial(rows.absorbed, plan, view), inline=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _relay_program(old: Plan, new: Plan, view: View) -> Callable[[rows.Tables], rows.Tables]:
+    return jax.jit(functools.partial(rows.relaid, old, new, view), inline=True)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,11 +120,14 @@ class DistributedMetrics(nnx.Module):
         self._layout = make_layout(mesh, axis_name) if self._plan.metrics else Layout(None, ())
         tables = _fresh_program(self._plan, self._layout)() if self._plan.metrics else {}
         for name, table in tables.items():
-            annotation: dict[str, Any] = {}
-            if self._layout.mesh is not None:
-                spec = (self._layout.axes, *(None,) * (table.ndim - 1))
-                annotation = {"out_sharding": spec, "mesh": self._layout.mesh, "eager_sharding": False}
-            setattr(self, _attribute(name), nnx.metrics.MetricState(table, **annotation))
+            setattr(self, _attribute(name), self._variable(table))
+
+    def _variable(self, table: jax.Array) -> nnx.Variable[jax.Array]:
+        annotation: dict[str, Any] = {}
+        if self._layout.mesh is not None:
+            spec = (self._layout.axes, *(None,) * (table.ndim - 1))
+            annotation = {"out_sharding": spec, "mesh": self._layout.mesh, "eager_sharding": False}
+        return nnx.metrics.MetricState(table, **annotation)
 
     # --- stateful ---
 
@@ -160,6 +169,10 @@ class DistributedMetrics(nnx.Module):
         """
         self._require_accumulators("update")
         values = named_values(self._plan, metrics, named)
+        for name, value in values.items():
+            accumulator = self._plan.metrics[self._plan.values[name][0]].accumulator
+            if isinstance(accumulator, CluMetric):
+                values[name] = keywords_of(name, accumulator, value)
         weights = by_name(self._plan, weight, "weight", values)
         specs = by_name(self._plan, spec, "spec", values)
         if not values:
@@ -171,8 +184,27 @@ class DistributedMetrics(nnx.Module):
             self._refuse_population("update", tables, view)
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
                 raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
-            feeds, arrays = feeds_of(self._plan, situation, values, weights, specs)
-            self._replace(_update_program(self._plan, view, feeds)(tables, arrays), f"update({', '.join(values)})")
+            plan = learnt_plan(self._plan, self._learnt_from(values))
+            feeds, arrays = feeds_of(plan, situation, values, weights, specs)
+            tables = self._relaid(plan, view, tables)
+            self._replace(_update_program(plan, view, feeds)(tables, arrays), f"update({', '.join(values)})", plan)
+
+    def _learnt_from(self, values: Mapping[str, Any]) -> dict[int, Accumulator]:
+        """The accumulators of clu metrics that get their first value, with what it shows."""
+        learnt: dict[int, Accumulator] = {}
+        for name, value in values.items():
+            for i in self._plan.values[name]:
+                accumulator = self._plan.metrics[i].accumulator
+                if isinstance(accumulator, CluMetric) and accumulator.learnt is None:
+                    try:
+                        learnt[i] = clu_metric.learn(accumulator, value)
+                    except ValueError as error:
+                        raise ValueError(f"metrics.update(): {self._plan.metrics[i].name!r}: {error}") from error
+        return learnt
+
+    def _relaid(self, plan: Plan, view: View, tables: rows.Tables) -> rows.Tables:
+        """The rows with room for what a plan has learnt."""
+        return tables if plan is self._plan else _relay_program(self._plan, plan, view)(tables)
 
     def compute(self) -> Snapshot:
         """The results so far; the accumulators stay as they are.
@@ -212,8 +244,10 @@ class DistributedMetrics(nnx.Module):
             tables = self._tables()
             situation = self._situation(tables)
             self._refuse_population("merge", tables, situation.view)
-            words = on_device(snapshot._words_for(self._plan, "merge"), situation)
-            self._replace(_absorb_program(self._plan, situation.view)(tables, words), "merge()")
+            plan, merged = snapshot._merged_for(self._plan, "merge")
+            words = on_device(merged, situation)
+            tables = self._relaid(plan, situation.view, tables)
+            self._replace(_absorb_program(plan, situation.view)(tables, words), "merge()", plan)
 
     def reset(self) -> None:
         """The accumulators start afresh."""
@@ -262,10 +296,15 @@ class DistributedMetrics(nnx.Module):
             )
         return tables
 
-    def _replace(self, tables: rows.Tables, method: str) -> None:
+    def _replace(self, tables: rows.Tables, method: str, plan: Plan | None = None) -> None:
         try:
             for name, table in tables.items():
-                getattr(self, _attribute(name)).set_raw_value(table)
+                if hasattr(self, _attribute(name)):
+                    getattr(self, _attribute(name)).set_raw_value(table)
+                else:  # of a clu metric whose merge is its own, and has just been seen
+                    setattr(self, _attribute(name), self._variable(table))
+            if plan is not None and plan is not self._plan:
+                self._plan = plan
         except flax.errors.TraceContextError as error:
             raise flax.errors.TraceContextError(_outer_trace(method)) from error
 

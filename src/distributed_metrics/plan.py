@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distributed_metrics.accumulators import BY_NAME, Accumulator
+from distributed_metrics.accumulators import BY_NAME, Accumulator, clu_metric
 from distributed_metrics.merging import SUM, Merge
 
 SEPARATOR = "/"
@@ -139,6 +139,17 @@ def fields_of(accumulator: Accumulator, ignores: bool) -> dict[str, Merge]:
     return {**accumulator.merges(), **({NONFINITE: SUM} if ignores else {})}
 
 
+def learnt_plan(plan: Plan, learnt: Mapping[int, Accumulator]) -> Plan:
+    """The plan in which some metrics, by index, have the accumulators that were learnt from their first values."""
+    if not learnt:
+        return plan
+    metrics = (
+        Metric(metric.value_path, metric.path, learnt.get(i, metric.accumulator))
+        for i, metric in enumerate(plan.metrics)
+    )
+    return plan_of(tuple(metrics), plan.ignores)
+
+
 @functools.cache  # never dropped: while an object lives, an equal spec must give its very plan
 def plan_of(metrics: tuple[Metric, ...], ignores: bool) -> Plan:
     """The one plan of these metrics."""
@@ -165,6 +176,13 @@ def parse(spec: Mapping[str, Any] | None, ignores: bool = False) -> Plan:
         )
     metrics = tuple(_metrics_of(spec, ()))
     _check_names(metrics)
+    for metric in metrics:
+        if ignores and metric.accumulator.keywords:
+            raise ValueError(
+                f'DistributedMetrics(nan_policy="ignore"): {show_path(metric.path)} is {metric.accumulator}, which '
+                "sees its values itself: elements cannot be left out for it.\n"
+                '  Mask its values by its own arguments, and take nan_policy="propagate" (or two objects).'
+            )
     _check_tuples(metrics)
     return plan_of(metrics, ignores)
 
@@ -217,6 +235,13 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
                 f"  Known: {', '.join(map(repr, BY_NAME))}.{did_you_mean(what, BY_NAME)}"
             )
         return BY_NAME[what]()
+    if clu_metric.is_metric_class(what):
+        try:
+            what = clu_metric.accumulator_of(what)
+        except ValueError as error:
+            raise ValueError(f"DistributedMetrics(): {show_path(path)}: {error}") from error
+    if hint := clu_metric.hint(what):
+        raise TypeError(f"DistributedMetrics(): {show_path(path)} is {what!r:.80}.\n  {hint}")
     if isinstance(what, type) and issubclass(what, Accumulator):
         raise TypeError(
             f"DistributedMetrics(): {show_path(path)} is the class {what.__name__}, not an accumulator.\n"
@@ -266,11 +291,16 @@ def _check_tuples(metrics: tuple[Metric, ...]) -> None:
     first: dict[str, Metric] = {}
     for metric in metrics:
         other = first.setdefault(metric.value, metric)
-        if other.accumulator.inputs != metric.accumulator.inputs or other.accumulator.shape != metric.accumulator.shape:
+        if _value_kind(other.accumulator) != _value_kind(metric.accumulator):
             raise ValueError(
                 f"DistributedMetrics(): {metric.value!r} is accumulated both as {other.accumulator} and as "
                 f"{metric.accumulator}, which take different values.\n  Give them names of their own."
             )
+
+
+def _value_kind(accumulator: Accumulator) -> Any:
+    """Equal for accumulators that read the same values."""
+    return accumulator.inputs, accumulator.shape, accumulator.keywords
 
 
 def show_path(path: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ up to it exactly, and unlike float64 they go through every library unharmed.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,22 +14,43 @@ from typing import Any
 import numpy as np
 
 from distributed_metrics import accumulators
-from distributed_metrics.accumulators import Accumulator
-from distributed_metrics.merging import BINS, MERGES, Merge
-from distributed_metrics.plan import Metric, Plan, fields_of, plan_of
+from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
+from distributed_metrics.accumulators.clu_metric import ADDED
+from distributed_metrics.merging import BINS, Merge, Number
+from distributed_metrics.plan import Metric, Plan, fields_of, learnt_plan, plan_of
 
 FORMAT_VERSION = 1
 
 _OURS = {
     kind.__name__.lower(): kind
     for kind in (getattr(accumulators, name) for name in accumulators.__all__)
-    if isinstance(kind, type) and issubclass(kind, Accumulator) and kind is not Accumulator
+    if isinstance(kind, type) and issubclass(kind, Accumulator) and kind not in (Accumulator, CluMetric)
 }
 
-_STORED_MERGES = {
-    merge.name: merge for merge in (*MERGES.values(), BINS, *accumulators.Var().merges().values(),
-                                    *accumulators.Last().merges().values())
-}  # fmt: skip
+_KNOWN_MERGES = {
+    merge.name: merge
+    for accumulator in (kind() for kind in accumulators.BY_NAME.values())
+    for merge in (*accumulator.merges().values(), BINS, ADDED)
+}
+
+
+@functools.cache
+def _stored_merge(name: str, words: str) -> Merge:
+    """The merge of a stored field; one that is not ours can be kept, and not applied.
+
+    Args:
+        name: of the merge.
+        words: for each of its numbers "2" or "1": the words that it takes.
+    """
+
+    def unknown(a: Any, b: Any) -> Any:
+        raise TypeError(
+            f"This snapshot was read from a dict, which does not hold the code of the merge {name!r}.\n"
+            "  Merge it into an object that has it: metrics = DistributedMetrics({...}); metrics.merge(snapshot)"
+        )
+
+    numbers = tuple(Number(f"number {i}", pair=word == "2") for i, word in enumerate(words))
+    return _KNOWN_MERGES.get(name) or Merge(name, numbers, unknown, unknown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +60,18 @@ class Stored(Accumulator):
     Attributes:
         kind: the full name of the class.
         settings: its arguments, as JSON.
-        stored: for each field its name, merge and shape.
+        stored: for each field its name, merge, words of the merge, and shape.
     """
 
     kind: str = ""
     settings: str = "{}"
-    stored: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    stored: tuple[tuple[str, str, str, tuple[int, ...]], ...] = ()
 
     def merges(self) -> dict[str, Merge]:
-        return {name: _STORED_MERGES[merge] for name, merge, _ in self.stored}
+        return {name: _stored_merge(merge, words) for name, merge, words, _ in self.stored}
 
     def field_shape(self, field: str) -> tuple[int, ...]:
-        return next(shape for name, _, shape in self.stored if name == field)
+        return next(shape for name, _, _, shape in self.stored if name == field)
 
     def result(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
@@ -73,20 +95,29 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def _describe(accumulator: Accumulator) -> dict[str, Any]:
-    fields = [
-        [name, merge.name, list(accumulator.field_shape(name))] for name, merge in fields_of(accumulator, False).items()
-    ]
+    fields = []
+    for name, merge in fields_of(accumulator, False).items():
+        words = "".join("2" if number.pair else "1" for number in merge.numbers)
+        fields.append([name, merge.name, words, list(accumulator.field_shape(name))])
+    kind = type(accumulator)
+    settings: dict[str, Any]
     if isinstance(accumulator, Stored):
         return {"kind": accumulator.kind, "settings": json.loads(accumulator.settings), "fields": fields}
-    kind = type(accumulator)
-    name = kind.__name__.lower()
-    if _OURS.get(name) is not kind:
-        name = f"{kind.__module__}.{kind.__qualname__}"
-    settings: dict[str, Any] = {
-        one.name: _plain(getattr(accumulator, one.name))
-        for one in dataclasses.fields(accumulator)
-        if getattr(accumulator, one.name) != one.default
-    }
+    if isinstance(accumulator, CluMetric):
+        name = accumulator.full_name
+        settings = {} if accumulator.learnt is None else {"learnt": clu_metric.describe(accumulator.learnt)}
+    else:
+        name = kind.__name__.lower()
+        if _OURS.get(name) is not kind:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+        settings = {
+            one.name: _plain(getattr(accumulator, one.name))
+            for one in dataclasses.fields(accumulator)
+            if one.name not in ("name", "labels") and getattr(accumulator, one.name) != one.default
+        }
+    for label in ("name", "labels"):
+        if (given := getattr(accumulator, label)) is not None:
+            settings[label] = _plain(given)
     return {"kind": name, "settings": settings, "fields": fields}
 
 
@@ -103,10 +134,7 @@ def _rebuilt(described: Mapping[str, Any]) -> Accumulator:
     }
     if described["kind"] in _OURS:
         return _OURS[described["kind"]](**settings)
-    unknown = {merge for _, merge, _ in described["fields"]} - set(_STORED_MERGES)
-    if unknown:
-        raise ValueError(f"Snapshot.from_dict(): {described['kind']} has merges of its own, {sorted(unknown)}.")
-    stored = tuple((name, merge, tuple(shape)) for name, merge, shape in described["fields"])
+    stored = tuple((name, merge, words, tuple(shape)) for name, merge, words, shape in described["fields"])
     shape = tuple(settings.get("shape", ()))
     labels: dict[str, Any] = {name: settings[name] for name in ("name", "labels") if name in settings}
     return Stored(shape, described["kind"], json.dumps(described["settings"]), stored, **labels)
@@ -132,12 +160,8 @@ def to_dict(plan: Plan, parts: Mapping[str, tuple[np.ndarray, ...]]) -> dict[str
     return {"format_version": np.asarray(FORMAT_VERSION, np.int32), "spec": spec.copy(), "metrics": metrics}
 
 
-def from_dict(given: Mapping[str, Any], plan: Plan | None = None) -> tuple[Plan, dict[str, tuple[np.ndarray, ...]]]:
+def from_dict(given: Mapping[str, Any]) -> tuple[Plan, dict[str, tuple[np.ndarray, ...]]]:
     """The plan and the tables of what ``to_dict`` gave, with arrays or lists as leaves.
-
-    Args:
-        given: the dict.
-        plan: one that accumulates the same, if it is known; else it is made from the dict.
 
     Raises:
         TypeError: no mapping.
@@ -159,7 +183,7 @@ def from_dict(given: Mapping[str, Any], plan: Plan | None = None) -> tuple[Plan,
             "newer one wrote it.\n  Upgrade: pip install --upgrade distributed-metrics"
         )
     described = json.loads(np.asarray(given["spec"], np.uint8).tobytes().decode())
-    plan = plan or plan_of(
+    plan = plan_of(
         tuple(Metric(tuple(m["value"]), tuple(m["path"]), _rebuilt(m)) for m in described["metrics"]),
         described["nan_policy"] == "ignore",
     )
@@ -198,14 +222,45 @@ def _same_names(what: str, expected: list[str], given: Mapping[str, Any]) -> Non
         )
 
 
-def difference(mine: Plan, theirs: Plan) -> str:
-    """What two specs do not share, both sides of it; empty where they accumulate the same."""
-    a, b = describe(mine), describe(theirs)
-    if a == b:
-        return ""
+def reconciled(mine: Plan, theirs: Plan) -> Plan:
+    """The one plan of two that accumulate the same: with the classes, and with what was learnt, that either has.
+
+    Raises:
+        ValueError: they do not accumulate the same; the message shows what differs, the first plan's side first.
+    """
+    if mine is theirs:
+        return mine
+    both: dict[int, Accumulator] = {}
+    if [(m.value_path, m.path) for m in mine.metrics] == [(m.value_path, m.path) for m in theirs.metrics]:
+        for i, (a, b) in enumerate(zip(mine.metrics, theirs.metrics, strict=True)):
+            if (common := _common(a.accumulator, b.accumulator)) is not None:
+                both[i] = common
+    if len(both) < len(mine.metrics) or mine.ignores != theirs.ignores:
+        raise ValueError(_difference(mine, theirs))
+    return learnt_plan(mine, both)
+
+
+def _common(a: Accumulator, b: Accumulator) -> Accumulator | None:
+    """The accumulator that two are, one of which may be stored or not have learnt yet; None where they differ."""
+    if isinstance(a, Stored) and not isinstance(b, Stored):
+        a, b = b, a
+    described_a, described_b = _describe(a), _describe(b)
+    if described_a == described_b:
+        return a
+    if isinstance(a, CluMetric) and described_a["kind"] == described_b["kind"]:
+        if "learnt" not in described_b["settings"]:
+            return a
+        if a.learnt is None:
+            return b if isinstance(b, CluMetric) else clu_metric.relearn(a, described_b["settings"]["learnt"])
+    return None
+
+
+def _difference(mine: Plan, theirs: Plan) -> str:
+    """What two specs do not share, both sides of it."""
     lines = []
-    if a["nan_policy"] != b["nan_policy"]:
-        lines.append(f"  nan_policy: {a['nan_policy']!r} and {b['nan_policy']!r}")
+    if mine.ignores != theirs.ignores:
+        policies = ["ignore" if plan.ignores else "propagate" for plan in (mine, theirs)]
+        lines.append(f"  nan_policy: {policies[0]!r} and {policies[1]!r}")
     of_a, of_b = ({metric.name: metric for metric in plan.metrics} for plan in (mine, theirs))
     for label, names in (
         ("only the first has", [name for name in of_a if name not in of_b]),
@@ -217,10 +272,10 @@ def difference(mine: Plan, theirs: Plan) -> str:
     for name in of_a:
         if name in of_b:
             x, y = of_a[name], of_b[name]
-            if (x.value_path, x.path, _describe(x.accumulator)) != (y.value_path, y.path, _describe(y.accumulator)):
+            if (x.value_path, x.path) != (y.value_path, y.path) or _common(x.accumulator, y.accumulator) is None:
                 lines.append(f"  {name!r}: {_shown(x)} and {_shown(y)}")
     if not lines:
-        lines.append("  the metrics are the same, in another order")
+        lines.append(f"  the metrics are the same, in another order: {', '.join(of_a)} and {', '.join(of_b)}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from distributed_metrics import compensated, packing
 from distributed_metrics.contributions import Feed, assembled, contributed, is_first
 from distributed_metrics.merging import Merge, Parts
 from distributed_metrics.plan import Plan
-from distributed_metrics.view import Layout, View
+from distributed_metrics.view import Layout, View, varying_axes
 
 Tables = dict[str, Array]
 
@@ -217,6 +217,51 @@ def reset(plan: Plan, view: View, tables: Tables) -> Tables:
     return _over_populations(
         plan, view, _on_rows(view, partial(_like_fresh, plan), P(view.spread), P(view.spread)), tables
     )
+
+
+def relaid_parts(old: Plan, new: Plan, parts: Mapping[str, Parts], xp: Any) -> dict[str, Parts]:
+    """The slots ``(..., slots)`` of one plan in the order of another, whose metrics have learnt more fields.
+
+    Args:
+        old, new: plans of the same metrics.
+        parts: the tables of ``old``.
+        xp: ``numpy`` or ``jax.numpy``.
+    """
+    lead = next(iter(parts.values()))[0].shape[:-1]
+    relaid: dict[str, list[Parts]] = {table: [] for table in new.tables}
+    for group in new.groups:
+        for name, field in group.fields.items():
+            for i in group.members:
+                before = old.group_of[i]
+                place = before.fields.get(name)
+                if place is not None and (place.merge.name, place.shape) == (field.merge.name, field.shape):
+                    start = place.start + before.members.index(i) * place.size
+                    words = tuple(part[..., start : start + field.size] for part in parts[place.merge.name])
+                else:
+                    words = tuple(xp.full((*lead, field.size), one, xp.float32) for one in field.merge.identity)
+                relaid[field.merge.name].append(words)
+    return {
+        table: tuple(xp.concatenate(part, axis=-1) for part in zip(*words, strict=True))
+        for table, words in relaid.items()
+    }
+
+
+def relaid(old: Plan, new: Plan, view: View, tables: Tables) -> Tables:
+    """The rows of one plan as those of another, whose metrics have learnt more fields."""
+
+    def local(rows: Tables) -> Tables:
+        given = {table: parts_of(old.tables[table], row) for table, row in rows.items()}
+        parts = relaid_parts(old, new, given, jnp)
+        varying = varying_axes(next(iter(rows.values())))
+        return {table: _varying(_row(new.tables[table], of_table), varying) for table, of_table in parts.items()}
+
+    return _over_populations(old, view, _on_rows(view, local, P(view.spread), P(view.spread)), tables)
+
+
+def _varying(row: Array, axes: frozenset[str]) -> Array:
+    """A row whose type varies over ``axes``, as those of all rows in a program do."""
+    missing = tuple(axes - varying_axes(row))
+    return lax.pcast(row, missing, to="varying") if missing else row
 
 
 def unmerged(plan: Plan, tables: Tables) -> Array:

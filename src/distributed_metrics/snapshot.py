@@ -10,7 +10,7 @@ import numpy as np
 from distributed_metrics import portable
 from distributed_metrics.merging import Numbers, Parts
 from distributed_metrics.plan import NONFINITE, SEPARATOR, Group, Plan, did_you_mean, show_path
-from distributed_metrics.rows import join_words, merged_parts, parts_of, split_words
+from distributed_metrics.rows import join_words, merged_parts, parts_of, relaid_parts, split_words
 from distributed_metrics.view import is_traced
 
 Number = float | np.ndarray | jax.Array
@@ -198,29 +198,36 @@ class Snapshot(Mapping[str, Any]):
         """Each table merged, in words ``(..., slots)``, on the host."""
         return {table: self._plan.tables[table].split(numbers) for table, numbers in self._tables().items()}
 
-    def _words_for(self, plan: Plan, method: str) -> Any:
-        """The merged state as one buffer of words in the layout of ``plan``, for an object that takes it up.
+    def _merged_for(self, plan: Plan, method: str) -> tuple[Plan, Any]:
+        """The merged state for an object that takes it up: the plan of both, and one buffer of words in its layout.
 
         Raises:
             ValueError: another spec, or a population.
         """
-        if differs := portable.difference(plan, self._plan):
+        try:
+            common = portable.reconciled(plan, self._plan)
+        except ValueError as error:
             raise ValueError(
                 f"metrics.{method}(): the snapshot is of another spec. The accumulators first, the snapshot second:\n"
-                f"{differs}"
-            )
+                f"{error}"
+            ) from error
         lead = np.shape(self._words)[: -2 if self._rows else -1]
         if lead:
             raise ValueError(
                 f"metrics.{method}(): the snapshot is of a population, or of stacked windows: {lead} in front of its "
                 f"results.\n  Take one: metrics.{method}(jax.tree.map(lambda x: x[0], snapshot))"
             )
-        if is_traced(self._words):
-            return join_words(plan, self._merged_parts(), jnp)
-        parts = self._host_parts()
-        if plan is not self._plan:  # read from a dict, without the classes that this plan has
-            parts = portable.from_dict(portable.to_dict(self._plan, parts), plan)[1]
-        return join_words(plan, parts, np)
+        xp = jnp if is_traced(self._words) else np
+        parts = self._merged_parts() if is_traced(self._words) else self._host_parts()
+        return common, join_words(common, relaid_parts(self._plan, common, parts, xp), xp)
+
+    def _as_of(self, plan: Plan) -> "Snapshot":
+        """The same, merged, with the plan of a sum that it goes into."""
+        if plan is self._plan:
+            return self
+        xp = jnp if is_traced(self._words) else np
+        parts = self._merged_parts() if is_traced(self._words) else self._host_parts()
+        return Snapshot(plan, join_words(plan, relaid_parts(self._plan, plan, parts, xp), xp), rows=False)
 
     def __add__(self, other: Any) -> "Snapshot":
         """Both windows together: what one would have been told of a window that spans the two.
@@ -230,11 +237,14 @@ class Snapshot(Mapping[str, Any]):
         """
         if not isinstance(other, Snapshot):
             return NotImplemented
-        if self._plan is not other._plan:
+        try:
+            plan = portable.reconciled(self._plan, other._plan)
+        except ValueError as error:
             raise ValueError(
-                "Snapshot + Snapshot: they are of different specs. The left first, the right second:\n"
-                f"{portable.difference(self._plan, other._plan)}"
-            )
+                f"Snapshot + Snapshot: they are of different specs. The left first, the right second:\n{error}"
+            ) from error
+        if plan is not self._plan or plan is not other._plan:
+            return self._as_of(plan) + other._as_of(plan)
         merges = self._plan.tables
         if is_traced(self._words) or is_traced(other._words):
             mine, theirs = self._merged_parts(), other._merged_parts()

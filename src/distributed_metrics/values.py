@@ -9,12 +9,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics.accumulators import Accumulator
+from distributed_metrics.accumulators import Accumulator, CluMetric
+from distributed_metrics.accumulators.clu_metric import batch_size, in_order
 from distributed_metrics.compensated import host_pair
 from distributed_metrics.contributions import Feed, Source
 from distributed_metrics.placement import Situation, Value, on_device, placed
 from distributed_metrics.plan import SEPARATOR, Plan, did_you_mean
-from distributed_metrics.view import varying_axes
+from distributed_metrics.view import spec_axes, varying_axes
 
 
 def flattened(metrics: Mapping[str, Any], leaves: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, Any]]:
@@ -115,6 +116,14 @@ def feeds_of(
     for name, value in values.items():
         metrics = plan.values[name]
         accumulator = plan.metrics[metrics[0]].accumulator
+        if accumulator.keywords:
+            if weights.get(name) is not None:
+                raise ValueError(
+                    f"metrics.update(weight=...): {name!r} is {accumulator}, which takes masks and weights among its "
+                    f'own keywords.\n  Give weights by name, and none to {name!r}: weight={{"loss": mask}}'
+                )
+            feeds.append(_keyword_feed(name, metrics, value, specs.get(name), situation, arrays))
+            continue
         inputs: list[Source] = []
         input_weights: list[Source | None] = []
         for part_name, part, spec in zip(
@@ -141,6 +150,83 @@ def feeds_of(
         if situation.rows_vary:
             _check_varying(plan, name, feeds[-1], arrays, situation)
     return tuple(feeds), [on_device(array, situation) for array in arrays]
+
+
+def keywords_of(name: str, accumulator: CluMetric, value: Any) -> dict[str, Any]:
+    """The value of a metric that takes keywords: arrays, in dtypes that devices have, and settings.
+
+    Raises:
+        TypeError: no dict, or something that is neither an array nor a setting.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"metrics.update(): {name!r} is {accumulator}, whose value is a dict of the keywords of its "
+            f"from_model_output(); got {type(value).__name__}.\n"
+            f"  For example: metrics.update({{{name!r}: dict(predictions=predictions, labels=labels)}})"
+        )
+    given = {}
+    for keyword, one in in_order(accumulator.metric, value).items():
+        one = one.get_value() if isinstance(one, nnx.Variable) else one
+        if isinstance(one, np.ndarray) and one.dtype.kind in "biuf":
+            one = _in_device_dtype(f"{name} ({keyword})", one)
+        elif not isinstance(one, jax.Array):
+            try:
+                hash(one)
+            except TypeError as error:
+                raise TypeError(
+                    f"metrics.update(): {keyword}= of {name!r} is {one!r:.80}, neither an array nor a setting (a "
+                    "number, a string, a tuple).\n  Strings cannot be accumulated on a device; of a list of numbers "
+                    "make an array: jnp.asarray(...)."
+                ) from error
+        given[keyword] = one
+    return given
+
+
+def _in_device_dtype(name: str, array: np.ndarray) -> np.ndarray:
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype.kind in "iu" and array.size and not np.array_equal(array.astype(dtype), array):
+        raise ValueError(f"metrics.update(): {name!r} holds integers beyond {dtype}, which is all that it is given.")
+    return array.astype(dtype)
+
+
+def _keyword_feed(
+    name: str, metrics: tuple[int, ...], value: Mapping[str, Any], spec: Any, situation: Situation, arrays: list[Value]
+) -> Feed:
+    """The feed of a value that is a dict of keywords: the arrays of the batch are partitioned alike, others are not."""
+    batch = batch_size(value)
+    by_keyword = spec if isinstance(spec, Mapping) else {}
+    found: dict[str, tuple[Value, P | None]] = {}
+    for keyword, one in value.items():
+        if isinstance(one, jax.Array | np.ndarray):
+            asked = by_keyword.get(keyword, None if isinstance(spec, Mapping) else spec)
+            of_batch = one.ndim > 0 and one.shape[0] == batch
+            asked = asked if of_batch and (asked is None or isinstance(asked, P)) else P()
+            if isinstance(asked, P) and len(asked) > one.ndim:
+                asked = P(*asked[: one.ndim])
+            asked = None if situation.view.explicit else asked  # there types say it, also of a setting
+            array, lies = placed(f"{name} ({keyword})", one, one.shape, asked, situation)
+            found[keyword] = (array, lies if of_batch else P())
+    batched = {k: lies for k, (array, lies) in found.items() if array.ndim and array.shape[0] == batch}
+    for keyword, lies in batched.items():
+        if lies is not None and (further := [entry for entry in lies[1:] if entry is not None]):
+            raise ValueError(
+                f"metrics.update(): {keyword}= of {name!r} is partitioned over {further[0]!r} within an example, and "
+                "its metric needs examples as a whole.\n  Gather it first: jax.sharding.reshard(x, P(batch_axis))."
+            )
+    leading = {P(*lies[:1]) for lies in batched.values() if lies is not None and spec_axes(lies)}
+    if len(leading) > 1:
+        raise ValueError(
+            f"metrics.update(): the arrays of {name!r} are partitioned along their examples in different ways: "
+            f"{', '.join(f'{k}: {lies}' for k, lies in batched.items())}.\n  Partition them alike."
+        )
+    unknown = any(lies is None for lies in batched.values())
+    common = None if unknown else next(iter(leading), P())
+    sources = []
+    for keyword, (array, lies) in found.items():
+        sources.append(Source(len(arrays), common if keyword in batched else lies, pair=False))
+        arrays.append(array)
+    settings = tuple((keyword, one) for keyword, one in value.items() if keyword not in found)
+    return Feed(metrics, tuple(sources), (None,) * len(sources), tuple(found), settings)
 
 
 def _inputs(name: str, value: Any, accumulator: Accumulator) -> tuple[Any, ...]:

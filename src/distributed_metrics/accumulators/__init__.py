@@ -3,6 +3,7 @@
 from distributed_metrics.accumulators._base import Accumulator
 from distributed_metrics.accumulators._batch import Batch
 from distributed_metrics.accumulators.basic import Count, Max, Mean, Min, Ratio, Sum
+from distributed_metrics.accumulators.clu_metric import CluMetric
 from distributed_metrics.accumulators.histogram import Histogram
 from distributed_metrics.accumulators.latest import Last
 from distributed_metrics.accumulators.moments import Std, Var
@@ -24,6 +25,7 @@ __all__ = [
     "BY_NAME",
     "Accumulator",
     "Batch",
+    "CluMetric",
     "Count",
     "Histogram",
     "Last",

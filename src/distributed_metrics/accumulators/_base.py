@@ -55,6 +55,9 @@ class Accumulator:
     counts_copies: ClassVar[bool] = False
     """Whether a value that all devices hold alike would be counted once per device: true of sums and counts."""
 
+    keywords: ClassVar[bool] = False
+    """Whether a value is a dict of keywords, which ``contribution`` takes as they are."""
+
     shape: Any = ()
     name: str | None = field(default=None, kw_only=True)
     labels: Any = field(default=None, kw_only=True)
