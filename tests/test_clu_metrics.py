@@ -454,6 +454,16 @@ def test_settings_are_static_and_a_change_of_them_is_an_error():
     assert metrics.compute().count["auc"] == 5 * ROWS
 
 
+def test_a_spec_by_keyword_says_which_array_is_no_batch():
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics = DistributedMetrics({"ndcg": metrax.NDCGAtK}, mesh=mesh)
+    given = {"predictions": LOGITS[:8], "labels": RELEVANT[:8], "ks": jnp.array([1, 2, 3, 4, 5, 6, 7, 7])}
+    step = nnx.jit(lambda m, given: m.update({"ndcg": given}, spec={"ndcg": {"ks": P()}}))
+    step(metrics, given)
+    own = metrax.NDCGAtK.from_model_output(**{key: jnp.asarray(x) for key, x in given.items()}).compute()
+    np.testing.assert_allclose(metrics.compute()["ndcg"], own, rtol=1e-5)
+
+
 def test_what_cannot_be_right_is_an_error_that_shows_the_fix():
     metrics = DistributedMetrics({"auc": metrax.AUCROC, "loss": "mean"})
     metrics.update({"auc": BINARY})

@@ -78,12 +78,19 @@ def _rounded(x: Array) -> Array:
     """``x``, in a way that compilers do not look through, so that what is computed from it uses its rounded value.
 
     An ``optimization_barrier`` costs nothing and holds XLA's own rewriting off. It does not hold off LLVM, which sees a
-    fused loop without it, so where fast math is asked for there is a choice that changes the payload of some NaNs only:
-    opaque to LLVM too, and not free. (It looks at the magnitude, because LLVM sees
-    through a plain minimum of the bits of a number whose sign it knows.)
+    fused loop without it, so where fast math is asked for it has to be ``opaque``.
     """
-    if not _fast_math():
-        return lax.optimization_barrier(x)
+    return opaque(x) if _fast_math() else lax.optimization_barrier(x)
+
+
+def opaque(x: Array) -> Array:
+    """``x`` through a choice that changes the payload of some NaNs only: not free, and no compiler looks through it.
+
+    For products and quotients whose rounded value is used more than once. Also without fast math, LLVM may contract a
+    product and a sum to one operation (XLA makes a product of a division by a constant), and the next use of the
+    product then sees another number. (The choice looks at the magnitude, because LLVM sees through a plain minimum of
+    the bits of a number whose sign it knows.)
+    """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     odd_nan = (bits & jnp.uint32(0x7FFFFFFF)) > jnp.uint32(0x7FFFFFF0)
     return lax.bitcast_convert_type(lax.select(odd_nan, jnp.full_like(bits, 0x7FC00000), bits), jnp.float32)
@@ -112,26 +119,26 @@ def add(x: Pair, y: Pair) -> Pair:
 def multiply(x: Pair, y: Pair) -> Pair:
     """The product of two pairs, to about 2^-46 relative.
 
-    The factors are cut into 12-bit halves by masking bits, not by Veltkamp's multiplication, so that no compiler can
-    spoil the cut by contracting a multiply and an add.
+    The factors are cut into 12-bit halves by masking bits, not by Veltkamp's multiplication. The products of halves are
+    exact, so that a compiler which contracts a product and a sum changes nothing.
     """
-    product = _rounded(x[0] * y[0])
     x_top, y_top = _top_half(x[0]), _top_half(y[0])
     x_rest, y_rest = _rounded(x[0] - x_top), _rounded(y[0] - y_top)
-    error = _rounded(_rounded(x_top * y_top) - product)
-    error = _rounded(error + _rounded(x_top * y_rest))
-    error = _rounded(error + _rounded(x_rest * y_top))
-    error = _rounded(error + _rounded(x_rest * y_rest))
-    error = _rounded(error + _rounded(_rounded(x[0] * y[1]) + _rounded(x[1] * y[0])))
-    return _normalized(product, jnp.where(jnp.isfinite(product), error, 0))
+    high, error = two_sum(x_top * y_top, x_top * y_rest)
+    high, more = two_sum(high, x_rest * y_top)
+    low = _rounded(_rounded(error + more) + x_rest * y_rest)
+    low = _rounded(low + _rounded(_rounded(x[0] * y[1]) + _rounded(x[1] * y[0])))
+    high, low = _normalized(high, low)
+    whole = x[0] * y[0]  # infinite, or NaN, as float arithmetic has it
+    return jnp.where(jnp.isfinite(whole), high, whole), jnp.where(jnp.isfinite(whole), low, 0)
 
 
 def divide(x: Pair, y: Pair) -> Pair:
     """The quotient of two pairs, to about 2^-45 relative: a float quotient, corrected by what it leaves over."""
-    quotient = _rounded(x[0] / y[0])
+    quotient = opaque(x[0] / y[0])
     product = multiply((quotient, jnp.zeros_like(quotient)), y)
     rest = add(x, (-product[0], -product[1]))
-    return _normalized(quotient, _rounded(rest[0] / y[0]))
+    return _normalized(quotient, opaque(rest[0] / y[0]))
 
 
 def _normalized(high: Array, low: Array) -> Pair:

@@ -61,17 +61,22 @@ class Stored(Accumulator):
         kind: the full name of the class.
         settings: its arguments, as JSON.
         stored: for each field its name, merge, words of the merge, and shape.
+        shape_of_result: of its results.
     """
 
     kind: str = ""
     settings: str = "{}"
     stored: tuple[tuple[str, str, str, tuple[int, ...]], ...] = ()
+    shape_of_result: tuple[int, ...] = ()
 
     def merges(self) -> dict[str, Merge]:
         return {name: _stored_merge(merge, words) for name, merge, words, _ in self.stored}
 
     def field_shape(self, field: str) -> tuple[int, ...]:
         return next(shape for name, _, _, shape in self.stored if name == field)
+
+    def result_shape(self) -> tuple[int, ...]:
+        return self.shape_of_result
 
     def result(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
@@ -102,7 +107,9 @@ def _describe(accumulator: Accumulator) -> dict[str, Any]:
     kind = type(accumulator)
     settings: dict[str, Any]
     if isinstance(accumulator, Stored):
-        return {"kind": accumulator.kind, "settings": json.loads(accumulator.settings), "fields": fields}
+        of_its_own = {"shape": list(accumulator.shape), "result": list(accumulator.shape_of_result)}
+        settings = json.loads(accumulator.settings)
+        return {"kind": accumulator.kind, "settings": settings, "fields": fields, **of_its_own}
     if isinstance(accumulator, CluMetric):
         name = accumulator.full_name
         settings = {} if accumulator.learnt is None else {"learnt": clu_metric.describe(accumulator.learnt)}
@@ -118,13 +125,22 @@ def _describe(accumulator: Accumulator) -> dict[str, Any]:
     for label in ("name", "labels"):
         if (given := getattr(accumulator, label)) is not None:
             settings[label] = _plain(given)
-    return {"kind": name, "settings": settings, "fields": fields}
+    if name in _OURS:
+        return {"kind": name, "settings": settings, "fields": fields}
+    of_its_own = {"shape": list(accumulator.shape), "result": list(accumulator.result_shape())}
+    return {"kind": name, "settings": settings, "fields": fields, **of_its_own}
 
 
 def _plain(setting: Any) -> Any:
     if isinstance(setting, tuple | list):
         return [_plain(one) for one in setting]
-    return setting if isinstance(setting, str | int | float | bool | None) else repr(setting)
+    if isinstance(setting, np.generic):
+        return setting.item()
+    if isinstance(setting, str | int | float | bool | None):
+        return setting
+    if callable(setting):  # its repr would show an address
+        return f"{setting.__module__}.{getattr(setting, '__qualname__', type(setting).__qualname__)}"
+    return repr(setting)
 
 
 def _rebuilt(described: Mapping[str, Any]) -> Accumulator:
@@ -135,9 +151,9 @@ def _rebuilt(described: Mapping[str, Any]) -> Accumulator:
     if described["kind"] in _OURS:
         return _OURS[described["kind"]](**settings)
     stored = tuple((name, merge, words, tuple(shape)) for name, merge, words, shape in described["fields"])
-    shape = tuple(settings.get("shape", ()))
     labels: dict[str, Any] = {name: settings[name] for name in ("name", "labels") if name in settings}
-    return Stored(shape, described["kind"], json.dumps(described["settings"]), stored, **labels)
+    shape, result = tuple(described["shape"]), tuple(described["result"])
+    return Stored(shape, described["kind"], json.dumps(described["settings"]), stored, result, **labels)
 
 
 def to_dict(plan: Plan, parts: Mapping[str, tuple[np.ndarray, ...]]) -> dict[str, Any]:
@@ -176,18 +192,36 @@ def from_dict(given: Mapping[str, Any]) -> tuple[Plan, dict[str, tuple[np.ndarra
             f"Snapshot.from_dict(): this is not what to_dict() gives.\n"
             f"  It has:   {', '.join(sorted(map(repr, given)))}\n  Expected: {', '.join(map(repr, expected))}"
         )
-    version = int(np.asarray(given["format_version"]))
+    version = _version(given["format_version"])
     if version > FORMAT_VERSION:
         raise ValueError(
             f"Snapshot.from_dict(): the format version is {version}, and this library reads up to {FORMAT_VERSION}: a "
             "newer one wrote it.\n  Upgrade: pip install --upgrade distributed-metrics"
         )
-    described = json.loads(np.asarray(given["spec"], np.uint8).tobytes().decode())
-    plan = plan_of(
-        tuple(Metric(tuple(m["value"]), tuple(m["path"]), _rebuilt(m)) for m in described["metrics"]),
-        described["nan_policy"] == "ignore",
-    )
+    plan = _plan_of(given["spec"])
     return plan, _tables_of(plan, given["metrics"])
+
+
+def _version(given: Any) -> int:
+    try:
+        version = int(np.asarray(given).item())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Snapshot.from_dict(): the format version is no number: {given!r:.80}.") from error
+    if version < 1:
+        raise ValueError(f"Snapshot.from_dict(): there is no format version {version}; the first is 1.")
+    return version
+
+
+def _plan_of(spec: Any) -> Plan:
+    try:
+        described = json.loads(np.asarray(spec, np.uint8).tobytes().decode())
+        metrics = tuple(Metric(tuple(m["value"]), tuple(m["path"]), _rebuilt(m)) for m in described["metrics"])
+        return plan_of(metrics, described["nan_policy"] == "ignore")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # damaged bytes may say anything
+        raise ValueError(
+            f"Snapshot.from_dict(): its spec is damaged: {type(error).__name__}: {error}.\n"
+            "  It is what to_dict() wrote under 'spec': JSON as bytes, an array of uint8."
+        ) from error
 
 
 def _tables_of(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
@@ -199,7 +233,7 @@ def _tables_of(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, tuple[np.nda
             _same_names(f"fields of {plan.metrics[i].name!r}", list(group.fields), metrics[plan.metrics[i].name])
         for name, field in group.fields.items():
             for i in group.members:
-                words = np.asarray(metrics[plan.metrics[i].name][name], np.float32)
+                words = _numbers(plan.metrics[i].name, name, metrics[plan.metrics[i].name][name])
                 shape = (*field.shape, field.merge.words)
                 lead = words.shape[: words.ndim - len(shape)] if lead is None else lead
                 if words.shape != (*lead, *shape):
@@ -213,7 +247,18 @@ def _tables_of(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, tuple[np.nda
     }
 
 
-def _same_names(what: str, expected: list[str], given: Mapping[str, Any]) -> None:
+def _numbers(metric: str, field: str, given: Any) -> np.ndarray:
+    try:
+        return np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Snapshot.from_dict(): the field {field!r} of {metric!r} is no array of numbers: {given!r:.80}."
+        ) from error
+
+
+def _same_names(what: str, expected: list[str], given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"Snapshot.from_dict(): the {what} are no dict: {given!r:.80}.")
     missing, extra = [name for name in expected if name not in given], [name for name in given if name not in expected]
     if missing or extra:
         raise ValueError(
@@ -245,7 +290,7 @@ def _common(a: Accumulator, b: Accumulator) -> Accumulator | None:
     if isinstance(a, Stored) and not isinstance(b, Stored):
         a, b = b, a
     described_a, described_b = _describe(a), _describe(b)
-    if described_a == described_b:
+    if json.dumps(described_a) == json.dumps(described_b):  # where NaN is NaN
         return a
     if isinstance(a, CluMetric) and described_a["kind"] == described_b["kind"]:
         if "learnt" not in described_b["settings"]:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import portable
 from distributed_metrics.merging import Numbers, Parts
@@ -80,6 +82,9 @@ class Snapshot(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         if isinstance(self._words, np.ndarray) or (isinstance(self._words, jax.Array) and not is_traced(self._words)):
+            stored = [metric.name for metric in self._plan.metrics if isinstance(metric.accumulator, portable.Stored)]
+            if stored:  # their results cannot be read
+                return f"Snapshot({self.flatten()!r}, and without their classes: {', '.join(stored)})"
             return f"Snapshot({dict(self)!r})"
         return f"Snapshot of {', '.join(metric.name for metric in self._plan.metrics)}: {self._words!r}"
 
@@ -325,7 +330,11 @@ class Snapshot(Mapping[str, Any]):
     def _merged_parts(self) -> dict[str, Parts]:
         """Each table merged, in words, in a trace."""
         if self._rows:
-            return merged_parts(self._plan, jnp.moveaxis(self._words, -2, 0))
+            words = self._words
+            mesh = jax.typeof(words).sharding.mesh
+            if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+                words = jax.sharding.reshard(words, NamedSharding(mesh, P()))  # rows on devices are not sliced
+            return merged_parts(self._plan, jnp.moveaxis(words, -2, 0))
         tables = split_words(self._plan, self._words)
         return {name: parts_of(self._plan.tables[name], table) for name, table in tables.items()}
 

@@ -1,6 +1,6 @@
 """What ``update()`` was given -> arrays and feeds. Whatever can be wrong with a value is found here, at trace time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from distributed_metrics.plan import SEPARATOR, Plan, did_you_mean
 from distributed_metrics.view import spec_axes, varying_axes
 
 
-def flattened(metrics: Mapping[str, Any], leaves: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(metrics: Mapping[str, Any], leaves: Collection[str], outer: str = "") -> Iterator[tuple[str, Any]]:
     """The flat names and values of a nested mapping; a mapping under a name of ``leaves`` is a value itself."""
     for key, value in metrics.items():
         name = f"{outer}{SEPARATOR}{key}" if outer else str(key)
@@ -80,7 +80,8 @@ def by_name(plan: Plan, given: Any, argument: str, values: Mapping[str, Any]) ->
     if not isinstance(given, Mapping):
         return dict.fromkeys(plan.values, given)
     chosen: dict[str, Any] = {}
-    for name, value in flattened(given, {}):
+    keyworded = {name for name, of_name in plan.values.items() if plan.metrics[of_name[0]].accumulator.keywords}
+    for name, value in flattened(given, keyworded):
         below = [name] if name in plan.values else [one for one in plan.values if one.startswith(name + SEPARATOR)]
         if not below:
             raise _unknown_name(plan, name, f"{argument}=")
@@ -196,17 +197,20 @@ def _keyword_feed(
     batch = batch_size(value)
     by_keyword = spec if isinstance(spec, Mapping) else {}
     found: dict[str, tuple[Value, P | None]] = {}
+    batched: dict[str, P | None] = {}
     for keyword, one in value.items():
-        if isinstance(one, jax.Array | np.ndarray):
-            asked = by_keyword.get(keyword, None if isinstance(spec, Mapping) else spec)
-            of_batch = one.ndim > 0 and one.shape[0] == batch
-            asked = asked if of_batch and (asked is None or isinstance(asked, P)) else P()
-            if isinstance(asked, P) and len(asked) > one.ndim:
-                asked = P(*asked[: one.ndim])
-            asked = None if situation.view.explicit else asked  # there types say it, also of a setting
-            array, lies = placed(f"{name} ({keyword})", one, one.shape, asked, situation)
-            found[keyword] = (array, lies if of_batch else P())
-    batched = {k: lies for k, (array, lies) in found.items() if array.ndim and array.shape[0] == batch}
+        if not isinstance(one, jax.Array | np.ndarray):
+            continue
+        asked = by_keyword.get(keyword) if isinstance(spec, Mapping) else spec
+        of_batch = one.ndim > 0 and one.shape[0] == batch and by_keyword.get(keyword) != P()
+        if not of_batch:
+            asked = P()
+        elif isinstance(asked, P):
+            asked = P(*asked[: one.ndim])
+        asked = None if situation.view.explicit else asked  # there types say it, also of a setting
+        found[keyword] = placed(f"{name} ({keyword})", one, one.shape, asked, situation)
+        if of_batch:
+            batched[keyword] = found[keyword][1]
     for keyword, lies in batched.items():
         if lies is not None and (further := [entry for entry in lies[1:] if entry is not None]):
             raise ValueError(
@@ -222,8 +226,8 @@ def _keyword_feed(
     unknown = any(lies is None for lies in batched.values())
     common = None if unknown else next(iter(leading), P())
     sources = []
-    for keyword, (array, lies) in found.items():
-        sources.append(Source(len(arrays), common if keyword in batched else lies, pair=False))
+    for keyword, (array, _) in found.items():
+        sources.append(Source(len(arrays), common if keyword in batched else P(), pair=False))
         arrays.append(array)
     settings = tuple((keyword, one) for keyword, one in value.items() if keyword not in found)
     return Feed(metrics, tuple(sources), (None,) * len(sources), tuple(found), settings)

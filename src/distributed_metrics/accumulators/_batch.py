@@ -88,7 +88,7 @@ class Batch:
     def rough_mean(self) -> Array:
         """The plain float32 mean of the elements of nonzero weight, of shape S; 0 if there are none."""
         number = jnp.sum(jnp.broadcast_to(self.counted(), self._full_shape), self._axes, dtype=jnp.float32)
-        return jnp.sum(self._where_counted(self.elements), self._axes) / jnp.maximum(number, 1)
+        return compensated.opaque(jnp.sum(self._where_counted(self.elements), self._axes) / jnp.maximum(number, 1))
 
     def last(self) -> tuple[Array, Pair, Pair]:
         """The last element of nonzero weight, in row-major order.
@@ -96,8 +96,12 @@ class Batch:
         Returns:
             Whether there is one, its index in the whole array, and the element; all of shape S.
         """
-        shape = self._leading
-        index = jnp.arange(int(np.prod(shape)), dtype=jnp.int32).reshape(shape + (1,) * len(self.shape))
+        shape, number = self._leading, int(np.prod(self._leading))
+        if self.weight is None and self.split and number:
+            high, low = (part.reshape(number, *self.shape)[-1] for part in self.exact_elements)
+            found_at = jnp.full(self.shape, number - 1, jnp.int32)
+            return found_at >= 0, self._index_in_whole(found_at), (high, low)
+        index = jnp.arange(number, dtype=jnp.int32).reshape(shape + (1,) * len(self.shape))
         index = jnp.broadcast_to(index, self._full_shape)
         found_at = jnp.max(jnp.where(self.counted(), index, -1), axis=self._axes, initial=-1)
         chosen = index == found_at
