@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 	$(RUN)/python examples/train_digits.py
 
 test: lint
-	$(RUN)/python -m pytest -q
+	$(RUN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(RUN)/ruff check

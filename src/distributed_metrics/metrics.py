@@ -63,7 +63,7 @@ def _read_program(
     """The rows in one buffer and, with ``fresh``, rows that have seen nothing: all of an eager flush."""
 
     def read(tables: rows.Tables) -> tuple[jax.Array, rows.Tables | None]:
-        words = rows.unmerged(plan, tables)
+        words = rows.unmerged(plan, view, tables)
         if sharding is not None:
             words = (jax.sharding.reshard if view.explicit else jax.lax.with_sharding_constraint)(words, sharding)
         return words, rows.reset(plan, view, tables) if fresh else None

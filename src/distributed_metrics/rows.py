@@ -264,10 +264,13 @@ def _varying(row: Array, axes: frozenset[str]) -> Array:
     return lax.pcast(row, missing, to="varying") if missing else row
 
 
-def unmerged(plan: Plan, tables: Tables) -> Array:
+def unmerged(plan: Plan, view: View, tables: Tables) -> Array:
     """The rows as one buffer ``(..., rows, words)``: what an eager flush keeps. No communication."""
     like = row_shapes(plan)
     flat = [t.reshape(*t.shape[: t.ndim - len(like[m].shape)], -1) for m, t in sorted(tables.items())]
+    if view.explicit:  # a reshape of one row, on a mesh of one device, loses the partition of its type
+        lead = (None,) * populations(plan, view, tables)
+        flat = [_resharded(view, table, P(*lead, view.spread)) for table in flat]
     return jnp.concatenate(flat, axis=-1)
 
 

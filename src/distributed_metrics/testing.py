@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics.accumulators import Accumulator
 from distributed_metrics.contributions import Feed, Source, contributed
+from distributed_metrics.merging import Parts
 from distributed_metrics.metrics import DistributedMetrics
 from distributed_metrics.plan import Plan
 from distributed_metrics.rows import join_words
@@ -365,17 +366,22 @@ _updated_population = jax.jit(jax.vmap(_updated))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _around_identity(plan: Plan, parts: tuple[jax.Array, ...]) -> dict[str, Any]:
-    """For each field what a batch contributes to it, and that merged with the identity in every way."""
+def _contributed(plan: Plan, parts: tuple[jax.Array, ...]) -> dict[str, Parts]:
+    """What a batch contributes to each field."""
     sources = tuple(Source(i, P(), False) for i in range(len(parts)))
     feed = Feed((0,), sources, (None,) * len(parts))
     (block,) = contributed(plan, [feed], [parts], (), (), split=True)
+    return block.fields
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _around_identity(plan: Plan, fields: dict[str, Parts]) -> dict[str, dict[str, Parts]]:
+    """Each field merged with the identity in every way. A program of its own, so that the words are what they are."""
     merged = {}
-    for name, words in block.fields.items():
-        merge = block.group.fields[name].merge
+    for name, words in fields.items():
+        merge = plan.groups[0].fields[name].merge
         nothing = tuple(jnp.full_like(word, one) for word, one in zip(words, merge.identity, strict=True))
         merged[name] = {
-            "alone": words,
             "merged with the identity": merge.combine(words, nothing),
             "the identity merged with it": merge.combine(nothing, words),
             "after the identity": merge.after(nothing, words),
@@ -441,12 +447,11 @@ def _whole_numbers(part: np.ndarray) -> np.ndarray:
 def _neutral(subject: _Subject) -> Iterator[_Claim]:
     whole, empty = subject.snapshot(subject.whole), subject.snapshot()
     for sample in subject.samples:
-        fields = _around_identity(whole._plan, tuple(map(jnp.asarray, sample.parts)))
-        for field, ways in fields.items():
-            merge = whole._plan.group_of[0].fields[field].merge
-            names = [f"{field} ({number.name})" for number in merge.numbers]
+        fields = _contributed(whole._plan, tuple(map(jnp.asarray, sample.parts)))
+        for field, ways in _around_identity(whole._plan, fields).items():
+            merge = whole._plan.groups[0].fields[field].merge
+            alone = merge.widen([np.asarray(word)[0] for word in fields[field]])
             numbers = {way: merge.widen([np.asarray(word)[0] for word in words]) for way, words in ways.items()}
-            alone = numbers.pop("alone")
             nothing = tuple(np.full_like(x, number.identity) for x, number in zip(alone, merge.numbers, strict=True))
             with np.errstate(all="ignore"):
                 numbers |= {
@@ -455,10 +460,10 @@ def _neutral(subject: _Subject) -> Iterator[_Claim]:
                     "after the identity on the host": merge.after_numbers(nothing, alone),
                     "before the identity on the host": merge.after_numbers(alone, nothing),
                 }
+            names = [f"{field} ({number.name})" for number in merge.numbers]
+            expected = ("of one batch", dict(zip(names, alone, strict=True)))
             for way, merged in numbers.items():
-                yield _Claim(
-                    ("of one batch", dict(zip(names, alone, strict=True))), (way, dict(zip(names, merged, strict=True)))
-                )
+                yield _Claim(expected, (way, dict(zip(names, merged, strict=True))))
     expected = (f"of {len(subject.whole)} elements", _numbers(whole))
     yield _Claim(expected, ("plus a snapshot of nothing", _numbers(whole + empty)))
     yield _Claim(expected, ("added to a snapshot of nothing", _numbers(empty + whole)))

@@ -1,6 +1,7 @@
 """What ``update()`` was given -> arrays and feeds. Whatever can be wrong with a value is found here, at trace time."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from distributed_metrics.compensated import host_pair
 from distributed_metrics.contributions import Feed, Source
 from distributed_metrics.placement import Situation, Value, on_device, placed
 from distributed_metrics.plan import SEPARATOR, Plan, did_you_mean
-from distributed_metrics.view import spec_axes, varying_axes
+from distributed_metrics.view import full_spec, spec_axes, varying_axes
 
 
 def flattened(metrics: Mapping[str, Any], leaves: Collection[str], outer: str = "") -> Iterator[tuple[str, Any]]:
@@ -147,6 +148,11 @@ def feeds_of(
                 input_weights.append(Source(index, _weight_spec(spec, weight_shape, weight_pair), weight_pair))
         if plan.ignores:
             _check_partners(name, accumulator, [arrays[one.index].shape[: -1 if one.pair else None] for one in inputs])
+            inputs = _partitioned_alike(inputs)
+            for k, (one, weighted) in enumerate(zip(inputs, input_weights, strict=True)):
+                if weighted is not None:
+                    shape = arrays[weighted.index].shape[: -1 if weighted.pair else None]
+                    input_weights[k] = replace(weighted, spec=_weight_spec(one.spec, shape, weighted.pair))
         feeds.append(Feed(metrics, tuple(inputs), tuple(input_weights)))
         if situation.rows_vary:
             _check_varying(plan, name, feeds[-1], arrays, situation)
@@ -336,6 +342,16 @@ def _check_partners(name: str, accumulator: Accumulator, shapes: list[tuple[int,
             "which one is not finite.\n  Give both parts one shape, or mask them yourself with weight= and "
             'nan_policy="propagate".'
         )
+
+
+def _partitioned_alike(inputs: list[Source]) -> list[Source]:
+    """Partners must lie on one device: the part that is partitioned less follows the other."""
+    specs = [one.spec for one in inputs]
+    known = [spec for spec in specs if spec is not None]
+    if len(set(known)) < 2 or len(known) < len(specs):
+        return inputs
+    widest = max(known, key=lambda spec: len(spec_axes(spec)))
+    return [replace(one, spec=full_spec(P(*widest), len(one.spec or ()))) for one in inputs]
 
 
 def _weight_spec(spec: P | None, shape: tuple[int, ...], pair: bool) -> P | None:

@@ -104,12 +104,14 @@ class Quantile(Accumulator):
         shares = xp.asarray(self.q, weight.dtype)
         finite = buckets[..., :-1]
         whole = xp.all(finite == xp.floor(finite), axis=-1)[..., None]
-        total = weight[..., None]
         reached = xp.cumsum(finite, axis=-1)[..., None, :]
+        total = reached[..., -1]  # as rounded here, so that the largest value reaches it
         rank = xp.floor(shares.reshape(-1) * (total - 1))[..., None]
         share = (shares.reshape(-1) * total)[..., None]
         passed = xp.where(whole[..., None], reached > xp.maximum(rank, 0), (reached >= share) & (reached > 0))
-        results = xp.asarray(self._middles(), weight.dtype)[xp.argmax(passed, axis=-1)]
+        last = finite.shape[-1] - 1 - xp.argmax(finite[..., ::-1] > 0, axis=-1)[..., None]
+        bucket = xp.where(xp.any(passed, axis=-1), xp.argmax(passed, axis=-1), last)
+        results = xp.asarray(self._middles(), weight.dtype)[xp.minimum(bucket, last)]  # float32 sums may overshoot
         results = xp.where(buckets[..., -1:] != 0, float("nan"), results)
         return results if isinstance(self.q, tuple) else results[..., 0]
 
