@@ -320,3 +320,17 @@ def test_snapshots_of_different_specs_do_not_add():
     assert "'x': mean() and sum()" in str(error.value)
     with pytest.raises(TypeError):
         one + 1
+
+
+def test_rows_of_opposite_infinities_are_nan_without_a_warning(mesh):
+    metrics = DistributedMetrics({"x": ("sum", "mean")}, mesh=mesh)
+    metrics.update(x=np.array([np.inf, -np.inf, 1, 1, 1, 1, 1, 1], np.float32))
+    assert np.isnan(list(metrics.compute()["x"].values())).all()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_populations_of_other_sizes_do_not_add(traced):
+    population = jax.vmap(lambda seed: DistributedMetrics({"loss": "mean"}))(jnp.arange(3)).compute()
+    add = jax.jit(lambda a, b: a + b) if traced else (lambda a, b: a + b)
+    with pytest.raises(ValueError, match=r"the left one has the leading dims \(3,\), the right one \(\)"):
+        add(population, jax.tree.map(lambda x: x[0], population))

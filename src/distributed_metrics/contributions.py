@@ -237,7 +237,7 @@ def _checked_fields(accumulator: Accumulator, given: Mapping[str, Any]) -> dict[
     fields = {}
     for field, merge in merges.items():
         value = given[field]
-        parts = value if isinstance(value, tuple) else (jnp.asarray(value, jnp.float32),)
+        parts = value if isinstance(value, tuple) else (compensated.opaque(jnp.asarray(value, jnp.float32)),)
         parts += tuple(jnp.zeros_like(parts[0]) for _ in range(merge.words - len(parts)))
         shape = accumulator.field_shape(field)
         if any(part.shape != shape for part in parts):

@@ -328,4 +328,5 @@ def _shown(metric: Metric) -> str:
     described = _describe(metric.accumulator)
     settings = ", ".join(f"{name}={setting!r}" for name, setting in described["settings"].items())
     nested = "" if metric.path == metric.value_path and len(metric.path) == 1 else f" at {list(metric.path)}"
+    nested += f" of a tuple at {list(metric.value_path)}" if metric.path != metric.value_path else ""
     return f"{described['kind']}({settings}){nested}"

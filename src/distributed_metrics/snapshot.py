@@ -250,18 +250,18 @@ class Snapshot(Mapping[str, Any]):
             ) from error
         if plan is not self._plan or plan is not other._plan:
             return self._as_of(plan) + other._as_of(plan)
-        merges = self._plan.tables
-        if is_traced(self._words) or is_traced(other._words):
-            mine, theirs = self._merged_parts(), other._merged_parts()
-            parts = {table: merges[table].after(mine[table], theirs[table]) for table in mine}
-            return Snapshot(self._plan, join_words(self._plan, parts, jnp), rows=False)
-        mine, theirs = self._tables(), other._tables()
-        shapes = [next(iter(tables.values()))[0].shape[:-1] for tables in (mine, theirs)]
+        shapes = [np.shape(one._words)[: -2 if one._rows else -1] for one in (self, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"Snapshot + Snapshot: the left one has the leading dims {shapes[0]}, the right one {shapes[1]}.\n"
                 "  Add members one by one: jax.tree.map(lambda x: x[i], snapshot)"
             )
+        merges = self._plan.tables
+        if is_traced(self._words) or is_traced(other._words):
+            in_trace, added = self._merged_parts(), other._merged_parts()
+            parts = {table: merges[table].after(in_trace[table], added[table]) for table in merges}
+            return Snapshot(self._plan, join_words(self._plan, parts, jnp), rows=False)
+        mine, theirs = self._tables(), other._tables()
         with np.errstate(invalid="ignore"):  # inf - inf
             words = {
                 table: merges[table].split(merges[table].after_numbers(mine[table], theirs[table])) for table in mine
@@ -323,7 +323,8 @@ class Snapshot(Mapping[str, Any]):
             else:
                 tables = self._host_rows()
                 if self._rows:
-                    tables = {name: merges[name].merge_rows(numbers, axis=-2) for name, numbers in tables.items()}
+                    with np.errstate(invalid="ignore"):  # inf - inf
+                        tables = {name: merges[name].merge_rows(numbers, axis=-2) for name, numbers in tables.items()}
                 self._merged = tables
         return self._merged
 

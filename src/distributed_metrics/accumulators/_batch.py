@@ -45,7 +45,8 @@ class Batch:
 
     def map(self, function: Callable[[Array], Array]) -> "Batch":
         """The batch of ``function(elements)``, with the same weights: an elementwise function of float32 arrays."""
-        return replace(self, value=compensated.pair_of(function(self.elements)))
+        # A product in it must not be contracted with the sum that follows.
+        return replace(self, value=compensated.pair_of(compensated.opaque(function(self.elements).astype(jnp.float32))))
 
     def shifted(self, by: Pair) -> "Batch":
         """The batch of the elements minus ``by``, a pair of shape S, to about 2^-47."""
