@@ -39,7 +39,7 @@ from distributed_metrics import (
     Var,
     count_collectives,
 )
-from ways import AXES_2D, WAYS, Way, make_mesh
+from ways import AXES_2D, SOME_WAYS, WAYS, Way, make_mesh
 
 DEVICES = range(1, 9)
 WEIGHTS = ["none", "mask", "floats"]
@@ -320,28 +320,6 @@ def test_variances_and_last_values_of_any_dtype():
         result, exact = metrics.compute()[dtype], x.astype(np.float64)
         assert result["var"] == pytest.approx(variance(exact), rel=2e-10)
         assert result["last"] == (pytest.approx(exact[-1], rel=2**-47) if dtype == "float64" else exact[-1])
-
-
-def test_statistics_of_windows_and_checkpoints_add_up_to_those_of_all():
-    x = np.random.default_rng(0).normal(1e6, 1, (3, 64)).astype(np.float32)
-    x[0] = 0
-    spec = {"x": ("var", "last", Histogram([0, 1e6, 1e6 + 1, 2e6]), Quantile((0.01, 0.5)))}
-    metrics, carried = DistributedMetrics(spec, mesh=eight()), DistributedMetrics(spec, mesh=mesh_of(4))
-    windows = []
-    for part in x:
-        metrics.update(x=part)
-        windows.append(metrics.flush())
-        carried.merge(Snapshot.from_dict(windows[-1].to_dict()))
-    traced = jax.jit(lambda parts: sum(parts[1:], parts[0]))(windows)
-    everything = x.ravel()
-    for snapshot in (sum(windows), carried.compute(), traced):
-        result = snapshot["x"]
-        assert result["var"] == pytest.approx(variance(everything), rel=1e-9)
-        assert result["last"] == everything[-1]
-        np.testing.assert_array_equal(
-            result["histogram"], np.histogram(everything.astype(float), [0, 1e6, 1e6 + 1, 2e6])[0]
-        )
-        np.testing.assert_allclose(result["quantile"], np.quantile(everything, (0.01, 0.5), method="lower"), rtol=0.01)
 
 
 # --- the last value ---
@@ -846,6 +824,18 @@ def test_the_highest_quantile_is_that_of_the_largest_element_also_in_a_trace(wei
             assert_near(np.asarray(result, np.float64), [x.min(), x.max()], 0.01)
 
 
+def test_quantiles_in_a_trace_are_values_that_were_seen():
+    """Also where the share falls between two that are far apart, and float32 sums round to either side of it."""
+    metrics = DistributedMetrics({"x": Quantile((0.25, 0.5, 0.75), 0.01)})
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = (10.0 ** np.array([[-20], [-3], [4], [25]]) * np.exp(rng.normal(0, 0.5, (1, 64)))).astype(np.float32)
+        metrics.update(x=x, weight=np.tile(rng.random(64), (4, 1)))
+        for result in (read_results(metrics)["x"], metrics.flush()["x"]):
+            nearest = np.abs(np.asarray(result, np.float64)[:, None] / x.astype(np.float64).ravel() - 1).min(axis=1)
+            assert (nearest <= 0.01).all(), (seed, result)
+
+
 def test_quantiles_merged_over_eight_devices_equal_those_of_one_exactly():
     rng = np.random.default_rng(0)
     x = (rng.lognormal(0, 3, (840, 3)) * rng.choice([-1, 1], (840, 3))).astype(np.float32)
@@ -907,7 +897,7 @@ def shapes_of(metrics):
     return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in jax.tree.leaves(nnx.state(metrics))]
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+@pytest.fixture(params=SOME_WAYS, ids=lambda way: way.name)
 def way(request) -> Way:
     return request.param
 
@@ -959,20 +949,6 @@ class TestEveryWay:
         assert metrics.compute().flatten() == eager.flatten()
         if way.program:
             assert sum(count_collectives(run, metrics, values).values()) == (0 if way.axes is None else way.copies)
-
-
-def test_results_in_a_trace_are_those_on_the_host_in_float32():
-    spec = {"x": (Var(2), Std(2), Last(2), Histogram(EDGES, shape=2), Quantile((0.1, 0.5), 0.1, shape=2))}
-    metrics = DistributedMetrics(spec, mesh=eight())
-    metrics.update(x=np.random.default_rng(0).normal(size=(64, 2)))
-    traced = read_results(metrics)
-    host = dict(metrics.compute())
-    assert jax.tree.structure(traced) == jax.tree.structure(host)
-    for one, other in zip(jax.tree.leaves(traced), jax.tree.leaves(host), strict=True):
-        np.testing.assert_allclose(one, np.asarray(other, np.float64), rtol=1e-6)
-    outside = nnx.jit(lambda m: dict(m.compute().outside["x/histogram"]))(metrics)
-    for kind, number in metrics.compute().outside["x/histogram"].items():
-        np.testing.assert_array_equal(outside[kind], number)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -1271,30 +1247,6 @@ def test_a_population_keeps_its_dims_in_every_result_of_every_accumulator():
     assert population.compute().flatten() == {}
 
 
-def test_windows_that_a_scan_stacks_keep_their_dim_in_every_result_of_every_accumulator():
-    x = np.random.default_rng(0).normal(size=(4, 2, 16)).astype(np.float32)
-    x[:, :, 0] = -5
-    metrics, single = (DistributedMetrics(POPULATION_SPEC) for _ in range(2))
-
-    @nnx.jit
-    def run(metrics, batches):
-        def window(metrics, steps):
-            metrics = nnx.scan(feed, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(metrics, steps)
-            return metrics, metrics.flush()
-
-        return nnx.scan(window, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(metrics, batches)[1]
-
-    windows = run(metrics, x)
-    alone = []
-    for steps in x:
-        for step in steps:
-            feed(single, step)
-        alone.append(single.flush())
-    assert_members(windows, alone)
-    assert_members(Snapshot.from_dict(windows.to_dict()), alone)
-    assert metrics.compute().flatten() == {}
-
-
 def test_a_population_that_ignores_counts_for_each_member():
     spec = {"x": ("count", "var", "last"), "ratio": "ratio"}
     population = jax.vmap(lambda _: DistributedMetrics(spec, nan_policy="ignore"))(jnp.arange(3))
@@ -1412,8 +1364,8 @@ CHOSEN = (
 
 @pytest.mark.parametrize(
     "environment",
-    [{"JAX_ENABLE_X64": "1"}, {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}],
-    ids=["x64", "fast-math"],
+    [{"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}],
+    ids=["fast-math"],
 )
 def test_the_statistics_are_the_same_in_other_configurations(environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOSEN, "test_statistics.py"]

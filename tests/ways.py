@@ -277,3 +277,11 @@ WAYS = [
     Way("nnx.pmap", _over_devices(_in_place(_nnx_pmap)), mapped=True, program=False),
     Way("jax.pmap", _over_devices(_split_merge(_jax_pmap)), mapped=True),
 ]
+
+SOME_WAYS = [
+    way
+    for way in WAYS
+    if way.name
+    in ("eager-8-devices", "nnx.jit-auto", "nnx.jit-explicit-2d", "nnx.scan", "jax.jit", "nnx.shard_map-2d", "jax.pmap")
+]
+"""One of each kind, for what goes through the same code as that which is tried in all of them."""
