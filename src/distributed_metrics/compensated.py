@@ -178,7 +178,10 @@ def _append(part: Array, number: float) -> Array:
 
 
 def tree_sum(x: Pair, dims: int) -> Pair:
-    """The sum over the first ``dims`` dims, to about 2^-47 up to 16,384 elements, to about 1e-8 beyond."""
+    """The sum over the first ``dims`` dims, to about 2^-47 up to 16,384 elements, to about 1e-8 beyond.
+
+    (1e-7 where the rounding errors of all runs are alike: equal numbers, or a few that take turns.)
+    """
     if dims == 0:
         return x
     high, low = (part.reshape(-1, *part.shape[dims:]) for part in x)
@@ -195,15 +198,16 @@ def tree_sum(x: Pair, dims: int) -> Pair:
 
 
 def _runs(part: Array) -> Array:
-    """Sum runs of about 32 neighbours in plain float32: of the worst patterns that errs by less than 1e-7.
+    """Sum about 256 runs of neighbours in plain float32, each as fast, and rounded as little, as XLA does it.
 
-    A length that divides the number of elements spares the copy that padding would cost, which is half of the time.
+    A number of runs that divides the number of elements spares the copy that padding would cost, half of the time.
     """
     n = part.shape[0]
-    length = min((length for length in range(16, 49) if n % length == 0), key=lambda x: abs(x - 32), default=32)
-    if n % length:
-        part = jnp.concatenate([part, jnp.zeros((-n % length, *part.shape[1:]), part.dtype)])
-    return jnp.sum(part.reshape(-1, length, *part.shape[1:]), axis=1)
+    divisors = [runs for runs in range(128, 513) if n % runs == 0]
+    runs = min(divisors, key=lambda runs: max(runs / 256, 256 / runs), default=256)
+    if n % runs:
+        part = jnp.concatenate([part, jnp.zeros((-n % runs, *part.shape[1:]), part.dtype)])
+    return jnp.sum(part.reshape(runs, -1, *part.shape[1:]), axis=1)
 
 
 def plain_sum(x: Pair, dims: int) -> Pair:

@@ -108,10 +108,12 @@ class Quantile(Accumulator):
         total = reached[..., -1]  # as rounded here, so that the largest value reaches it
         rank = xp.floor(shares.reshape(-1) * (total - 1))[..., None]
         share = (shares.reshape(-1) * total)[..., None]
-        passed = xp.where(whole[..., None], reached > xp.maximum(rank, 0), (reached >= share) & (reached > 0))
+        passed = xp.where(whole[..., None], reached > xp.maximum(rank, 0), reached >= share)
+        # A float32 sum up to here may round to more than that up to the bucket before, also where nothing was counted.
+        passed = passed & (finite > 0)[..., None, :]
         last = finite.shape[-1] - 1 - xp.argmax(finite[..., ::-1] > 0, axis=-1)[..., None]
         bucket = xp.where(xp.any(passed, axis=-1), xp.argmax(passed, axis=-1), last)
-        results = xp.asarray(self._middles(), weight.dtype)[xp.minimum(bucket, last)]  # float32 sums may overshoot
+        results = xp.asarray(self._middles(), weight.dtype)[bucket]
         results = xp.where(buckets[..., -1:] != 0, float("nan"), results)
         return results if isinstance(self.q, tuple) else results[..., 0]
 
