@@ -433,6 +433,23 @@ def test_a_saved_metric_is_read_after_merge_into_an_object_that_has_its_class(le
         snapshot + DistributedMetrics({"auc": metrax.Precision, "loss": "mean"}).compute()
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_saved_snapshots_of_which_one_is_from_before_the_first_value_add(first):
+    def saved(seen):
+        metrics = DistributedMetrics({"auc": metrax.AUCROC, "loss": "mean"})
+        metrics.update(loss=float(seen))
+        if seen:
+            metrics.update(auc={"predictions": SCORES, "labels": LABELS})
+        return Snapshot.from_dict(metrics.compute().to_dict())
+
+    both = saved(first) + saved(not first)
+    after = DistributedMetrics({"auc": metrax.AUCROC, "loss": "mean"})
+    after.merge(both)
+    assert after.compute().count["auc"] == 5 * ROWS
+    assert after.compute()["loss"] == 0.5
+    assert after.compute()["auc"] > 0
+
+
 def test_a_population_keeps_its_dims():
     metrics = jax.vmap(lambda seed: DistributedMetrics({"mae": metrax.MAE, "x": Largest}))(jnp.arange(3))
     values = jnp.asarray(GUESSES[: 3 * ROWS].reshape(3, ROWS))

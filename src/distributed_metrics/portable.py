@@ -292,6 +292,12 @@ def _common(a: Accumulator, b: Accumulator) -> Accumulator | None:
     described_a, described_b = _describe(a), _describe(b)
     if json.dumps(described_a) == json.dumps(described_b):  # where NaN is NaN
         return a
+    if isinstance(a, Stored) and isinstance(b, Stored) and described_a["kind"] == described_b["kind"]:
+        # One may be from before a clu metric had learnt, which is then all that differs.
+        of_a, of_b = (described["settings"].pop("learnt", None) for described in (described_a, described_b))
+        if (of_a is None) != (of_b is None) and described_a["settings"] == described_b["settings"]:
+            return a if of_b is None else b
+        return None
     if isinstance(a, CluMetric) and described_a["kind"] == described_b["kind"]:
         if "learnt" not in described_b["settings"]:
             return a
