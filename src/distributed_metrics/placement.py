@@ -61,7 +61,7 @@ def placed(name: str, array: Value, shape: tuple[int, ...], asked: Any, situatio
         spec = P() if spec is None else spec
         mesh = _concrete_mesh(situation)
         padded = full_spec(spec, array.ndim)  # the words of a pair are not partitioned
-        return jax.device_put(array, NamedSharding(mesh, padded)), padded
+        return _put(array, NamedSharding(mesh, padded)), padded
     return array, spec
 
 
@@ -175,4 +175,16 @@ def on_device(array: Value, situation: Situation) -> Value:
     mesh = _concrete_mesh(situation)
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh:
         return array
-    return jax.device_put(array, NamedSharding(mesh, P()))
+    return _put(array, NamedSharding(mesh, P()))
+
+
+def _put(array: Value, sharding: NamedSharding) -> jax.Array:
+    """``jax.device_put``, which in several processes would compare NumPy arrays over the network, and never find NaN
+    equal to itself: there each process puts its own shards."""
+    if isinstance(array, jax.Array) or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    shards = [
+        jax.device_put(array[index], device)
+        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
