@@ -17,11 +17,10 @@ from distributed_metrics.testing import check_accumulator
 
 OURS = [
     *(kind() for name, kind in BY_NAME.items() if name != "std"),
-    Std(shape=2, ddof=1),  # once, since variances take longest to compile
+    Std(ddof=1),
     Mean(shape=(3, 2)),
     Histogram((0.0, 0.5, 1.0, 2.0, 8.0)),
-    Quantile(0.5),
-    Quantile((0.1, 0.9), relative_error=0.3, shape=2),
+    Quantile((0.1, 0.9), relative_error=0.3),
 ]
 
 
@@ -57,7 +56,7 @@ def test_an_accumulator_of_a_user_keeps_the_laws():
 SIZES = (5, 3, 5, 3, 5, 3)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     values=st.lists(st.floats(2**-10, 2**10, width=32), min_size=24, max_size=24),
     weights=st.lists(st.floats(2**-5, 2**5, width=32) | st.just(0.0), min_size=24, max_size=24),

@@ -133,7 +133,7 @@ def test_any_data_on_one_to_eight_devices_equal_float64_numpy_and_agree():
         assert same == pytest.approx([same[0]] * len(DEVICES), rel=4e-10)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     noise=hnp.arrays(np.float32, 64, elements=st.floats(-4, 4, width=32)),
     mean=st.sampled_from([0.0, 1.0, -1e3, 1e6, -4e6, 3e-7]),
@@ -199,8 +199,7 @@ def test_rows_that_saw_70_and_29_and_1_percent_have_the_variance_of_all():
     assert traced["x"] == pytest.approx(variance(x[mask]), rel=1e-9)
 
 
-@pytest.mark.parametrize("size", [3, 1000, 20_011])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(("rows", "size"), [(1, 3), (1, 20_011), (8, 1000)])
 def test_a_constant_has_the_variance_0(size, rows):
     metrics = DistributedMetrics({"x": "var"}, mesh=eight() if rows == 8 else None)
     for constant in (0.0, 0.1, 0.7, 1 / 3, -7.3, 1e6 + 0.3, 3e-10, 1e10, 1e20, -1e30):
@@ -347,7 +346,7 @@ read = nnx.jit(lambda metrics: metrics.compute())
 read_results = nnx.jit(lambda metrics: dict(metrics.compute()))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), rows=st.sampled_from([1, 8]))
 def test_any_sequence_of_masked_updates_leaves_the_last_element_that_counted(data, rows):
     metrics = DistributedMetrics({"x": "last", "y": "last"}, mesh=eight() if rows == 8 else None)
@@ -399,10 +398,7 @@ def test_a_scalar_after_a_sharded_value_after_a_masked_one_with_elements_on_one_
     assert nnx.jit(lambda m: m.compute())(metrics)["x"] == 4
 
 
-TWO_DIMS = [
-    P(("data", "model")), P("data", "model"), P("model", "data"), P(None, "model"), P(("model", "data")),
-    P(None, ("data", "model")), P(("model", "data"), None), P(),
-]  # fmt: skip
+TWO_DIMS = [P("model", "data"), P(None, "model"), P(("model", "data")), P(None, ("data", "model")), P()]
 
 
 @pytest.mark.parametrize("spec", TWO_DIMS, ids=str)
@@ -433,7 +429,7 @@ def test_the_last_value_of_an_array_over_two_mesh_dims_in_a_program(spec, how):
 
 @pytest.mark.parametrize(
     ("axis_name", "spec"),
-    [("data", P(("data", "model"))), ("data", P("model", "data")), ("model", P("data", "model")), ("model", P())],
+    [("data", P("model", "data")), ("model", P("data", "model"))],
     ids=str,
 )
 def test_devices_that_share_a_row_agree_on_the_last_value_and_the_variance(axis_name, spec):
@@ -775,7 +771,7 @@ def test_quantiles_of_a_few_elements(size):
     assert metrics.compute().flatten() == {}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     x=hnp.arrays(np.float32, 48, elements=st.floats(width=32, allow_nan=False, allow_subnormal=False)),
     weight=hnp.arrays(np.int32, 48, elements=st.integers(0, 5)),
