@@ -22,6 +22,7 @@ bench: $(VENV)/ready
 	$(RUN)/python benchmarks/update.py --devices 8
 	$(RUN)/python benchmarks/update.py --devices 1
 	$(RUN)/python benchmarks/kinds.py
+	$(RUN)/python benchmarks/service.py
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is $(TAG): make PYTHON=python3.12 ...")'

@@ -1,9 +1,9 @@
 """Train a small classifier on real handwritten digits, with live metrics from every device.
 
-One ``DistributedMetrics`` follows the run. The compiled training step updates it, a flush every few steps tells of a
-window, and the windows of an epoch, with the held-out digits at its end, add up to the epoch. An update sends nothing
-between the devices; the table at the end holds the compiled step to that. Without an accelerator there are eight
-virtual devices.
+One ``DistributedMetrics`` follows the run. The compiled training step updates it, and ``PeriodicFlush`` tells of a
+window every few steps: in the progress bar, in TensorBoard's files and in JSON Lines. The windows of an epoch add up to
+the epoch. An update sends nothing between the devices; the table at the end holds the compiled step to that. Without an
+accelerator there are eight virtual devices.
 """
 
 import argparse
@@ -12,8 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,23 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 
-from distributed_metrics import DistributedMetrics, Snapshot, count_collectives
+from distributed_metrics import DistributedMetrics, PeriodicFlush, count_collectives
+from distributed_metrics.writers import JsonLinesWriter, MemoryWriter, TensorBoardWriter
 
-METRICS = {
-    "train": {"loss": "mean", "accuracy": "mean", "grad_norm": ("mean", "max")},
-    "heldout": {"loss": "mean", "accuracy": "mean"},
-}
+METRICS = {"loss": "mean", "accuracy": "mean", "grad_norm": ("mean", "max"), "samples": "count"}
+HELDOUT = {"loss": "mean", "accuracy": "mean"}
 ADAM = optax.adam(1e-3)
+PLOTTED = ("loss", "accuracy", "grad_norm/mean", "grad_norm/max", "samples_per_sec")
 HELDOUT_DIGITS = 360
 REQUIRED_ACCURACY = 0.95
 
 Digits = tuple[np.ndarray, np.ndarray]
 Batch = dict[str, jax.Array]
-Curve = dict[int, Snapshot]
-"""What was read after how many steps."""
-
-
-@dataclass
-class History:
-    """All that a run has told: of every window, and of every epoch with the held-out digits at its end."""
-
-    windows: Curve = field(default_factory=dict)
-    epochs: Curve = field(default_factory=dict)
 
 
 class Classifier(nnx.Module):
@@ -100,14 +87,14 @@ def train_step(
     (_, scores), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(model)
     optimizer.update(model, gradients)
     if metrics is not None:  # out here: value_and_grad traces loss_fn, and what that captures cannot be changed in it
-        metrics.update({"train": scores}, weight=batch["weight"])
-        metrics.update({"train": {"grad_norm": optax.tree.norm(gradients)}})
+        metrics.update(scores, samples=batch["label"], weight=batch["weight"])
+        metrics.update(grad_norm=optax.tree.norm(gradients))
 
 
 @nnx.jit
 def evaluation_step(model: Classifier, batch: Batch, metrics: DistributedMetrics) -> None:
     """Add the scores of one batch of held-out digits."""
-    metrics.update({"heldout": score(model, batch)}, weight=batch["weight"])
+    metrics.update(score(model, batch), weight=batch["weight"])
 
 
 def load() -> tuple[Digits, Digits]:
@@ -129,49 +116,52 @@ def batches(digits: Digits, size: int, mesh: Mesh, rng: np.random.Generator | No
         yield jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
-def train(options: argparse.Namespace, mesh: Mesh, progress: Progress) -> History:
+class Bar:
+    """A writer that shows the latest window in the progress bar or, without a terminal, on a line."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.task = progress, progress.add_task("training", total=steps, window="")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Numbers of training; those of whole epochs have a line of their own."""
+        if "train/loss" not in scalars:
+            return
+        numbers = f"loss {scalars['train/loss']:.4f}, accuracy {scalars['train/accuracy']:.1%}, "
+        numbers += f"gradient {scalars['train/grad_norm/mean']:.2f}"
+        if "train/samples_per_sec" in scalars:  # not in the first window, which compiles
+            numbers += f", {scalars['train/samples_per_sec']:,.0f} samples/s"
+        self.progress.update(self.task, completed=step + 1, window=numbers)
+        if self.progress.disable:
+            self.progress.console.print(f"step {step + 1}: {numbers}")
+
+
+def train(options: argparse.Namespace, mesh: Mesh, progress: Progress) -> MemoryWriter:
     """Train a model and show how it goes: the latest window in the bar, and a line for every epoch."""
     train_digits, heldout_digits = load()
     model, optimizer = new_model(mesh)
-    metrics = DistributedMetrics(METRICS, mesh=mesh)
-    steps = options.epochs * math.ceil(len(train_digits[1]) / options.batch_size)
-    progress.add_task("training", total=steps, window="")
-    history, step, rng = History(), 0, np.random.default_rng(0)
-    for number in range(1, options.epochs + 1):
-        windows, started = [], time.perf_counter()
-        for batch in batches(train_digits, options.batch_size, mesh, rng):
-            train_step(model, optimizer, batch, metrics)
-            step += 1
-            if step % options.every == 0:
-                windows.append(metrics.flush())
-                show_window(progress, step, windows[-1], started)
-                history.windows[step], started = windows[-1], time.perf_counter()
-        for batch in batches(heldout_digits, options.batch_size, mesh):
-            evaluation_step(model, batch, metrics)
-        history.epochs[step] = sum(windows, metrics.flush())  # the last flush: what no window has, and the held-out
-        show_epoch(progress, number, step, history.epochs[step])
-    return history
-
-
-def show_window(progress: Progress, step: int, window: Snapshot, started: float) -> None:
-    """The numbers of a window that began at ``started``: in the bar or, without a terminal, on a line."""
-    train = window["train"]  # the first number read is the one that waits for the devices
-    rate = window.count["train/loss"] / (time.perf_counter() - started)
-    numbers = f"loss {train['loss']:.4f}, accuracy {train['accuracy']:.1%}, "
-    numbers += f"gradient {train['grad_norm']['mean']:.2f}, {rate:,.0f} samples/s"
-    progress.update(progress.task_ids[0], completed=step, window=numbers)
-    if progress.disable:
-        progress.console.print(f"step {step}: {numbers}")
-
-
-def show_epoch(progress: Progress, number: int, step: int, epoch: Snapshot) -> None:
-    """A line that stays, and the bar brought up to date."""
-    train, heldout = epoch["train"], epoch["heldout"]
-    progress.update(progress.task_ids[0], completed=step)
-    progress.console.print(
-        f"epoch {number:2}: loss {train['loss']:.4f}, accuracy {train['accuracy']:6.1%}; "
-        f"held out: loss {heldout['loss']:.4f}, accuracy {heldout['accuracy']:6.1%}",
-    )
+    metrics, heldout = DistributedMetrics(METRICS, mesh=mesh), DistributedMetrics(HELDOUT, mesh=mesh)
+    bar = Bar(progress, options.epochs * math.ceil(len(train_digits[1]) / options.batch_size))
+    memory = MemoryWriter()
+    files = TensorBoardWriter(options.output / "tensorboard"), JsonLinesWriter(options.output / "metrics.jsonl")
+    step, rng = 0, np.random.default_rng(0)
+    with PeriodicFlush(metrics, options.every, [bar, memory, *files], prefix="train", rates=("samples",)) as flusher:
+        for number in range(1, options.epochs + 1):
+            flusher.start_epoch()
+            for batch in batches(train_digits, options.batch_size, mesh, rng):
+                train_step(model, optimizer, batch, metrics)
+                flusher(step, epoch=number)
+                step += 1
+            with flusher.pause():  # what follows is no part of the rate of training
+                for batch in batches(heldout_digits, options.batch_size, mesh):
+                    evaluation_step(model, batch, heldout)
+                epoch, score = flusher.total(), heldout.flush()
+                flusher.write(step - 1, epoch, prefix="epoch")
+                flusher.write(step - 1, score, prefix="heldout")
+                progress.console.print(
+                    f"epoch {number:2}: loss {epoch['loss']:.4f}, accuracy {epoch['accuracy']:6.1%}; "
+                    f"held out: loss {score['loss']:.4f}, accuracy {score['accuracy']:6.1%}"
+                )
+    return memory
 
 
 def measure_step(options: argparse.Namespace, mesh: Mesh, repeats: int = 100) -> tuple[list[str], list[float]]:
@@ -196,39 +186,13 @@ def measure_step(options: argparse.Namespace, mesh: Mesh, repeats: int = 100) ->
     return collectives, [statistics.median(milliseconds[5:]) for milliseconds in times]
 
 
-def plot(history: History, path: Path) -> None:
-    """The curves of a run, as a PNG."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    loss, accuracy, gradient = figure.subplots(1, 3)
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        for curve, of, label, style in (
-            (history.windows, "train", "training, windows", {"color": "0.75"}),
-            (history.epochs, "train", "training, epochs", {"color": "C0", "marker": ".", "zorder": 3}),
-            (history.epochs, "heldout", "held out", {"color": "C1", "marker": ".", "zorder": 3}),
-        ):
-            axes.plot(list(curve), [snapshot[of][name] for snapshot in curve.values()], label=label, **style)
-    norms = [snapshot["train"]["grad_norm"] for snapshot in history.windows.values()]
-    mean, largest = [norm["mean"] for norm in norms], [norm["max"] for norm in norms]
-    gradient.plot(list(history.windows), mean, color="C2", label="mean of a window")
-    gradient.fill_between(list(history.windows), mean, largest, color="C2", alpha=0.2, label="up to the largest")
-    loss.set_yscale("log")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    gradient.set_ylim(bottom=0)
-    for axes, title in ((loss, "loss"), (accuracy, "accuracy"), (gradient, "norm of the gradient")):
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64, help="of all devices together")
     parser.add_argument("--every", type=int, default=10, help="the number of steps in a window")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="the folder for the plot")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="the folder for what is left of a run")
     options = parser.parse_args()
     if min(options.epochs, options.batch_size, options.every) < 1:
         parser.error("--epochs, --batch-size and --every start at 1")
@@ -251,16 +215,22 @@ def main() -> None:
         collectives, milliseconds = measure_step(options, mesh)
     columns = MofNCompleteColumn(), BarColumn(bar_width=8), TextColumn("{task.fields[window]}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        history = train(options, mesh, progress)
-    plot(history, options.output / "curves.png")
+        memory = train(options, mesh, progress)
+    curves = memory.to_dict()
+    accuracy = curves["heldout/accuracy"]["value"][-1]
+    memory.plot(options.output / "curves.png", [name for name in curves if name.partition("/")[2] in PLOTTED])
 
-    accuracy = history.epochs[max(history.epochs)]["heldout"]["accuracy"]
     table = Table("", "without metrics", "with metrics", title=f"{devices}, batches of {options.batch_size}")
     table.add_row("held-out accuracy", "unknown", f"{accuracy:.1%}")
     table.add_row("collectives in the training step", *collectives)
     table.add_row("time per training step (median)", *(f"{median:.2f} ms" for median in milliseconds))
     console.print(table)
-    console.print(f"curves: {options.output / 'curves.png'}", soft_wrap=True)
+    for what, where in (
+        ("curves", options.output / "curves.png"),
+        ("JSON Lines", f"{options.output / 'metrics.jsonl'}, for pandas.read_json(path, lines=True)"),
+        ("TensorBoard", f"{sys.executable} -m tensorboard.main --logdir {options.output / 'tensorboard'}"),
+    ):
+        console.print(f"{what}: {where}", soft_wrap=True)
     if accuracy <= REQUIRED_ACCURACY:
         sys.exit(f"The held-out accuracy is {accuracy:.1%}, and should be above {REQUIRED_ACCURACY:.0%}.")
     if len(set(collectives)) > 1:

@@ -1,23 +1,31 @@
-"""The example, run as a user runs it: it learns, it shows how, and its metrics send nothing."""
+"""The examples, run as a user runs them: each does what it says, and says so."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_example(output, *options):
-    """The finished process of ``examples/train_digits.py``, on a CPU, without a terminal, any warning an error."""
+def run_script(name, *options):
+    """The finished process of an example, on a CPU, without a terminal, any warning an error."""
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     plain = {"COLUMNS": "100", "FORCE_COLOR": "", "TTY_COMPATIBLE": "0"}
     environment = {**os.environ, **plain, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "train_digits.py"), "--output", str(output)]
-    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / name), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def run_example(output, *options):
+    """The finished process of ``examples/train_digits.py``."""
+    return run_script("train_digits.py", "--output", str(output), *options)
 
 
 def table_row(text, name):
@@ -42,8 +50,17 @@ def test_the_digits_are_learnt_and_the_metrics_send_nothing(tmp_path):
     epochs = re.findall(r"^epoch +(\d+): .*held out: loss [\d.]+, accuracy +([\d.]+)%$", done.stdout, re.MULTILINE)
     assert [int(number) for number, _ in epochs] == list(range(1, 13))
     assert float(epochs[-1][1]) == accuracy
-    windows = re.findall(r"^step (\d+): loss [\d.]+, .* samples/s$", done.stdout, re.MULTILINE)
-    assert [int(step) for step in windows] == list(range(10, 12 * 23 + 1, 10))
+    windows = [int(step) for step in re.findall(r"^step (\d+): loss [\d.]+, .*", done.stdout, re.MULTILINE)]
+    assert windows == [*range(10, 12 * 23 + 1, 10), 12 * 23]
+    assert len(re.findall(r" samples/s$", done.stdout, re.MULTILINE)) == len(windows) - 1, "the first one compiles"
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert list(losses) == [step - 1 for step in windows]
+    assert [line["epoch/samples"] for line in lines if "epoch/samples" in line] == [1437.0] * 12
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(losses)
+    assert events.Scalars("heldout/accuracy")[-1].value == pytest.approx(accuracy / 100, abs=1e-3)
 
     image = imread(tmp_path / "curves.png")
     assert f"curves: {tmp_path / 'curves.png'}\n" in done.stdout
@@ -61,3 +78,23 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
     done = run_example(tmp_path, "--batch-size", "60")
     assert done.returncode == 2
     assert "--batch-size 60 cannot be divided among 8 devices" in done.stderr
+
+
+WINDOWS = r"(  step +\d+: loss [\d.]+, accuracy +[\d.]+%\n){4}"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("eval_masked.py", ["397 digits in 7 batches of 64 on 8 devices", "examples: 397 here, 397 by NumPy"]),
+        ("scan_loop.py", [rf"as an output, at the end:\n{WINDOWS}by a callback, while it runs:\n{WINDOWS}Both give"]),
+        ("gradient_norms.py", ["12 parameters, 25 metrics, 2 Variables", r"grad_norm/layers/5/kernel +[\d.]+ +[\d.]+"]),
+        ("custom_accumulator.py", [r"PowerMean\(power=-1.0\) keeps the laws", r"speed/harmonic( +\d\.\d+){3}"]),
+    ],
+)
+def test_an_example_does_what_it_says(name, lines):
+    done = run_script(name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    for line in lines:
+        assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import DistributedMetrics, count_collectives
+from distributed_metrics import DistributedMetrics, Histogram, Quantile, count_collectives
 from distributed_metrics.audit import compiled_text
 from distributed_metrics.metrics import _read_program
 from ways import make_mesh
@@ -254,3 +254,30 @@ def test_the_numbers_are_the_same_in_other_configurations(environment, files):
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout
+
+
+def test_updates_beside_gradients_are_refused_with_the_way_out_or_made_without_gradients():
+    spec = {"a": "mean", "b": "max", "c": "var", "d": Histogram([0, 1]), "e": Quantile(0.5), "f": "last"}
+    metrics = DistributedMetrics(spec)
+
+    def captured(metrics, w):
+        def loss_fn(w):
+            loss = (w**2).sum()
+            metrics.update(dict.fromkeys(spec, loss))
+            return loss
+
+        return jax.grad(loss_fn)(w)
+
+    for way in (captured, jax.jit(captured), nnx.jit(captured)):
+        with pytest.raises(flax.errors.TraceContextError, match=r"Of jax\.grad return the values"):
+            way(metrics, jnp.ones(3))
+
+    def made_inside(w):
+        inside = DistributedMetrics(spec)
+        loss = (w**2).sum()
+        inside.update(dict.fromkeys(spec, loss))
+        return loss, inside.flush()
+
+    gradient, snapshot = jax.jit(jax.grad(made_inside, has_aux=True))(jnp.ones(3))
+    assert gradient.tolist() == [2.0, 2.0, 2.0]
+    assert snapshot["a"] == snapshot["b"] == snapshot["f"] == 3.0

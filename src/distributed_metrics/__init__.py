@@ -19,6 +19,7 @@ from distributed_metrics.audit import count_collectives
 from distributed_metrics.data_parallel import DataParallel
 from distributed_metrics.mesh import DeviceMeshManager
 from distributed_metrics.metrics import DistributedMetrics
+from distributed_metrics.periodic import PeriodicFlush
 from distributed_metrics.reducers import (
     all_gather,
     collect_from_devices,
@@ -29,6 +30,7 @@ from distributed_metrics.reducers import (
     reduce_sum,
 )
 from distributed_metrics.snapshot import Snapshot
+from distributed_metrics.streaming import flush_every, wait_for_callbacks
 
 __all__ = [
     "Accumulator",
@@ -42,6 +44,7 @@ __all__ = [
     "Max",
     "Mean",
     "Min",
+    "PeriodicFlush",
     "Quantile",
     "Ratio",
     "Snapshot",
@@ -51,10 +54,12 @@ __all__ = [
     "all_gather",
     "collect_from_devices",
     "count_collectives",
+    "flush_every",
     "reduce_custom",
     "reduce_max",
     "reduce_mean",
     "reduce_min",
     "reduce_sum",
+    "wait_for_callbacks",
 ]
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,7 +19,7 @@ from distributed_metrics.placement import Situation, on_device
 from distributed_metrics.plan import Plan, learnt_plan, parse
 from distributed_metrics.snapshot import Snapshot
 from distributed_metrics.values import by_name, feeds_of, keywords_of, named_values
-from distributed_metrics.view import Layout, View, is_traced, look, make_layout, varying_axes
+from distributed_metrics.view import Layout, View, is_traced, look, make_layout, mapped_axes, varying_axes
 
 _LOCK = threading.RLock()
 """Held while rows are read and replaced. One for all objects: an object's attributes are part of its graphdef, and what
@@ -69,6 +70,21 @@ def _read_program(
         return words, rows.reset(plan, view, tables) if fresh else None
 
     return jax.jit(read)
+
+
+@jax.custom_batching.custom_vmap
+def one_run(tables: rows.Tables) -> rows.Tables:
+    """The same rows, in a program that is no ``vmap`` of several runs."""
+    return tables
+
+
+@one_run.def_vmap
+def _refuse_vmap(*_: Any) -> Any:
+    raise ValueError(
+        "flush_every(): under vmap there is no order in which the members could tell of their windows.\n"
+        "  Let the loop return its windows: def body(metrics, x): ...; return metrics, metrics.flush()\n"
+        "  metrics, windows = jax.lax.scan(body, metrics, xs)  # a Snapshot of stacked windows"
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -184,6 +200,10 @@ class DistributedMetrics(nnx.Module):
             self._refuse_population("update", tables, view)
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
                 raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
+            if not situation.eager:  # metrics have no gradients, and integer arithmetic on bits could not give any
+                values, weights = jax.tree.map(
+                    lambda x: jax.lax.stop_gradient(x) if is_traced(x) else x, (values, weights)
+                )
             plan = learnt_plan(self._plan, self._learnt_from(values))
             feeds, arrays = feeds_of(plan, situation, values, weights, specs)
             tables = self._relaid(plan, view, tables)
@@ -270,6 +290,37 @@ class DistributedMetrics(nnx.Module):
             if new is not None:
                 self._replace(new, f"{method}()")
             return Snapshot(self._plan, words, rows=situation.eager)
+
+    def _flush_where(self, ends: Any, step: Any, receive: Callable[[Any, Snapshot], None]) -> None:
+        """In a trace: a flush at steps that end a window, of which the host is told while the program runs."""
+        self._require_accumulators("flush")
+        with _LOCK:
+            tables, plan = self._tables(), self._plan
+            view = self._situation(tables).view
+            ends = jnp.asarray(ends)  # a step that is known while tracing
+
+            def flushed(tables: rows.Tables) -> rows.Tables:
+                words = _merge_program(plan, view)(one_run(tables))
+                tell = functools.partial(
+                    jax.debug.callback,
+                    lambda step, words: receive(step, Snapshot(plan, words, rows=False)),
+                    step,
+                    words,
+                )
+                if mapped := mapped_axes():  # all devices know: one speaks
+                    jax.lax.cond(jax.lax.axis_index(mapped) == 0, tell, lambda: None)
+                else:
+                    tell()
+                return _reset_program(plan, view)(tables)
+
+            self._replace(jax.lax.cond(ends, flushed, lambda tables: tables, tables), "flush()")
+
+    def _in_trace(self) -> bool:
+        return any(map(is_traced, self._tables().values()))
+
+    def _arrays(self) -> list[Any]:
+        """What is ready once the devices are done with all that was given to the accumulators so far."""
+        return list(self._tables().values())
 
     def _refuse_population(self, method: str, tables: rows.Tables, view: View) -> None:
         if lead := rows.populations(self._plan, view, tables):
@@ -376,7 +427,7 @@ def _outer_trace(method: str) -> str:
     return (
         f"metrics.{method}: the accumulators belong to an outer trace, and cannot be changed from inside this one "
         "(a jitted function that captured the object; jax.grad, nnx.value_and_grad, vmap, scan or cond).\n"
-        "  Pass the object into the function as an argument. Or return the values and update outside:\n"
+        "  Pass the object into a jitted function as an argument. Of jax.grad return the values, and update outside:\n"
         "  (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model); metrics.update(aux)"
     )
 

@@ -213,7 +213,8 @@ def checked_name(name: Any, outer: tuple[str, ...]) -> str:
     if not isinstance(name, str):
         raise TypeError(
             f"DistributedMetrics(): a metric's name must be a string, got {name!r} ({type(name).__name__}){where}.\n"
-            f"  For example: {str(name)!r}"
+            f"  For example: {str(name)!r}. Of a model's parameters (lists of layers have numbers for names):\n"
+            '  {"/".join(map(str, path)): "mean" for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}'
         )
     if not name.strip():
         raise ValueError(f"DistributedMetrics(): a metric's name is empty ({name!r}){where}.")

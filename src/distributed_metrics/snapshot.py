@@ -1,7 +1,7 @@
 """merged -> numbers: the results of a window, as a mapping on the host and as a pytree in a trace."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,21 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import portable
+from distributed_metrics.accumulators import Histogram
 from distributed_metrics.merging import Numbers, Parts
 from distributed_metrics.plan import NONFINITE, SEPARATOR, Group, Plan, did_you_mean, show_path
 from distributed_metrics.rows import join_words, merged_parts, parts_of, relaid_parts, split_words
 from distributed_metrics.view import is_traced
 
 Number = float | np.ndarray | jax.Array
+
+
+class Binned(NamedTuple):
+    """A histogram: float64 counts ``(n,)``, edges ``(n + 1,)``, and the n names of its counts in ``flatten()``."""
+
+    counts: np.ndarray
+    edges: np.ndarray
+    names: tuple[str, ...]
 
 
 class Snapshot(Mapping[str, Any]):
@@ -132,6 +141,27 @@ class Snapshot(Mapping[str, Any]):
                     if empty == "nan" or number[index] != 0:
                         flat[sep.join((name, *_padded(index, number.shape), kind))] = float(number[index])
         return flat
+
+    def histograms(self) -> dict[str, "Binned"]:
+        """The histograms by flat name, for writers that can show them as such.
+
+        >>> from distributed_metrics import DistributedMetrics, Histogram
+        >>> metrics = DistributedMetrics({"x": Histogram([0.0, 0.5, 1.0])})
+        >>> metrics.update(x=0.1)
+        >>> metrics.compute().histograms()["x"].counts
+        array([1., 0.])
+        """
+        found: dict[str, Binned] = {}
+        for i, metric in enumerate(self._plan.metrics):
+            if not isinstance(metric.accumulator, Histogram):
+                continue
+            counts, edges = np.asarray(self._result(i)), np.asarray(metric.accumulator.edges)
+            labels = metric.accumulator.labels
+            for index in np.ndindex(counts.shape[:-1]):
+                name = SEPARATOR.join((metric.name, *_padded(index, counts.shape[:-1])))
+                bins = labels or [_padded((k,), counts.shape[-1:])[0] for k in range(counts.shape[-1])]
+                found[name] = Binned(counts[index], edges, tuple(SEPARATOR.join((name, bin)) for bin in bins))
+        return found
 
     @property
     def count(self) -> Mapping[str, Any]:
@@ -301,8 +331,12 @@ class Snapshot(Mapping[str, Any]):
 
     def is_ready(self) -> bool:
         """Whether reading a number would not wait for the device."""
-        on_host = self._merged is not None or isinstance(self._words, np.ndarray)
-        return on_host or self._words.is_ready()
+        return all(array.is_ready() for array in self._arrays())
+
+    def _arrays(self) -> list[Any]:
+        """What is ready once the results are; nothing where they are on the host."""
+        words = self._words  # another thread may be fetching them
+        return [] if self._merged is not None or isinstance(words, np.ndarray) else [words]
 
     # --- from words to results ---
 

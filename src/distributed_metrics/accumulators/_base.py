@@ -64,7 +64,13 @@ class Accumulator:
 
     def __post_init__(self) -> None:
         shape = (self.shape,) if isinstance(self.shape, int) else self.shape
-        object.__setattr__(self, "shape", tuple(map(operator.index, shape)))
+        try:
+            object.__setattr__(self, "shape", tuple(map(operator.index, shape)))
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}(shape={self.shape!r}): the shape of one element, such as 10 or (10, 3).\n"
+                f"  It comes first; give settings of your own by keyword: {type(self).__name__}(power=2.0)"
+            ) from error
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
             if (len(self.labels),) != self.result_shape()[-1:]:

@@ -1,0 +1,442 @@
+"""``PeriodicFlush``: the numbers of a training loop, window by window, to where people look, without holding it up.
+
+The loop's thread flushes the accumulators, which only launches a small program, and puts the snapshot into a queue. A
+thread of its own waits for the devices, turns snapshots into floats and hands those to the writers.
+"""
+
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from distributed_metrics import streaming
+from distributed_metrics.accumulators import Count, Sum
+from distributed_metrics.delivery import MOST_WAITING, Background, Delivered, Moment, Total, Window, Written
+from distributed_metrics.metrics import DistributedMetrics
+from distributed_metrics.plan import SEPARATOR, did_you_mean
+from distributed_metrics.snapshot import Snapshot
+from distributed_metrics.writers import MetricWriter, as_writer
+
+_LOG = logging.getLogger(__name__)
+
+Derive = Callable[[dict[str, float], Snapshot], Mapping[str, float] | None]
+
+
+class PeriodicFlush:
+    """Flush metrics every few steps of a training loop, and write the numbers in the background.
+
+    One call a step, inside a ``with`` block. A window ends where ``(step + 1) % every_steps == 0``, also after a run
+    was resumed; what is left is flushed when the block ends, also by an exception. No call waits for a device or for a
+    writer; where writers cannot keep up, windows are added together, and nothing is dropped. The end of the block waits
+    until all is written.
+
+    In several processes all of them make the same calls, and the first one writes. There an error of a writer is
+    logged, the others go on, and it is raised when the block ends.
+
+    Args:
+        metrics: the accumulators.
+        every_steps: how many steps make a window.
+        writers: where the numbers go, one or several: all that ``distributed_metrics.writers.as_writer`` takes. They
+            are closed when the block ends.
+        prefix: put before all names of a window, host scalars and derived numbers included, joined by ``/``.
+        rates: flat names of sums and counts; each gives ``<name>_per_sec``, per second between the times at which
+            results were ready. ``steps_per_sec`` is always there. The first window, which compiles, has neither.
+        derive: called with the flat floats of a window (names without the prefix; what the window has not seen is left
+            out) and its ``Snapshot``; returns more floats by name, or None. It runs in the background, in every
+            process. An exception of it stops the run: a later call raises it; in several processes the one that ends
+            the next window, in all of them, and for that it waits for the window before. Windows that were added
+            together count as one, so keep no state in it.
+
+    Raises:
+        TypeError, ValueError: no such metrics; a rate that is no sum or count; something that cannot write.
+
+    >>> from distributed_metrics.writers import MemoryWriter
+    >>> metrics, memory = DistributedMetrics({"loss": "mean"}), MemoryWriter()
+    >>> def derive(numbers, window):
+    ...     return {"twice": 2 * numbers["loss"]}
+    >>> with PeriodicFlush(metrics, 2, memory, derive=derive) as flusher:
+    ...     for step in range(5):
+    ...         metrics.update(loss=float(step))
+    ...         flusher(step)
+    >>> memory.to_dict()["loss"]
+    {'step': [1, 3, 4], 'value': [0.5, 2.5, 4.0]}
+    >>> memory.to_dict()["twice"]["value"]
+    [1.0, 5.0, 8.0]
+    """
+
+    def __init__(
+        self,
+        metrics: DistributedMetrics,
+        every_steps: int,
+        writers: Any = (),
+        *,
+        prefix: str = "",
+        rates: Iterable[str] = (),
+        derive: Derive | None = None,
+    ) -> None:
+        self._metrics = _require_metrics(metrics)
+        if isinstance(every_steps, bool) or not isinstance(every_steps, int | np.integer) or every_steps < 1:
+            raise ValueError(f"PeriodicFlush(every_steps={every_steps!r}): it is a whole number of steps, 1 or more.")
+        self._every = int(every_steps)
+        several = isinstance(writers, Iterable) and not hasattr(writers, "write_scalars")
+        self._writers: list[MetricWriter] = [as_writer(one) for one in (writers if several else [writers])]
+        self._prefix = prefix
+        self._rates = _known_rates(metrics, rates)
+        self._derive = derive
+        self._alone = jax.process_count() == 1
+        self._writes = jax.process_index() == 0
+        self._thread: Background | None = None
+        self._closed = False
+
+        self._last_step: int | None = None
+        self._window = Window()  # the one under way
+        self._ended: Window | None = None  # the one before
+        self._epoch = Total()
+        self._moments: deque[Moment] = deque(maxlen=4 * MOST_WAITING)
+        self._stops: list[Exception] = []  # what derive raised: the same in all processes
+        self._failures: list[Exception] = []  # what writers raised
+        self._warned = False
+
+    # --- the loop ---
+
+    def __enter__(self) -> "PeriodicFlush":
+        if self._thread is not None:
+            raise RuntimeError("PeriodicFlush: this one was entered before; make a new one for another loop.")
+        self._thread = Background(self._deliver)
+        return self
+
+    def __call__(self, step: int, metrics: DistributedMetrics | None = None, **host_scalars: float) -> None:
+        """A step is done.
+
+        Args:
+            step: its number, from 0, as a Python integer; above that of the last call.
+            metrics: the accumulators, where the step returned a new object.
+            **host_scalars: what only the host knows, the time of loading data for example; of a window the last one
+                counts.
+
+        Raises:
+            TypeError: a step or a host scalar that is not on the host.
+            ValueError: a step that is not above the last; a host scalar with the name of a metric.
+            Exception: what a writer or ``derive`` raised in the background.
+        """
+        self._require_open()
+        step, last = _host_step(step), self._last_step
+        if last is not None and step <= last:
+            raise ValueError(
+                f"flusher({step}): the last step was {last}, and steps rise.\n"
+                "  Count them over all epochs; for another run make another PeriodicFlush."
+            )
+        scalars = {name: self._host_scalar(name, value) for name, value in host_scalars.items()}
+        if metrics is not None:
+            self._metrics = _require_metrics(metrics)
+        self._window.host |= scalars
+        self._window.steps += 1 if last is None else step - last
+        self._last_step = self._window.step = step
+        self._poll()
+        before = step if last is None else last + 1  # steps may be skipped, and with them the end of a window
+        if (step + 1) // self._every > before // self._every:
+            self._end_window()
+        self._raise_failure()
+
+    def write(self, step: int, numbers: Snapshot | Mapping[str, Any], prefix: str = "eval") -> None:
+        """Write other numbers through the same writers, after what was handed over before.
+
+        Args:
+            step: the step that they belong to.
+            numbers: a snapshot, or a (nested) mapping of names to numbers or arrays; read in the background.
+            prefix: put before their names, in place of that of the windows.
+
+        Raises:
+            TypeError: neither of the two.
+            Exception: what a writer or ``derive`` raised in the background.
+        """
+        thread = self._require_open()
+        if not isinstance(numbers, Mapping):
+            raise TypeError(f"flusher.write() takes a Snapshot or a mapping, got {type(numbers).__name__}.")
+        held = numbers if isinstance(numbers, Snapshot) else dict(_leaves(numbers))
+        thread.put(Written(_host_step(step), held, prefix))
+        self._raise_failure()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count in rates: evaluation, a checkpoint.
+
+        >>> metrics = DistributedMetrics({"loss": "mean"})
+        >>> with PeriodicFlush(metrics, 10) as flusher:
+        ...     with flusher.pause():
+        ...         pass  # evaluate
+        """
+        done = Moment(self._metrics._arrays())  # the devices may still be at work on the steps before
+        self._poll()
+        done.poll()
+        self._require_open().put(done)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            done.poll()
+            ended = time.perf_counter()
+            self._window.paused += ended - (ended if done.at is None else max(done.at, started))
+
+    def start_epoch(self) -> None:
+        """``total()`` counts from here on. The window that is under way goes on."""
+        self._require_open()
+        self._window.parts.append(self._metrics.flush())
+        self._epoch = Total()
+
+    def total(self) -> Snapshot:
+        """All that was seen since ``start_epoch()``, or from the beginning; also what no window has yet.
+
+        It waits for the devices. In several processes, all call it.
+        """
+        return self._epoch.plus(self._metrics.compute())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        thread = self._require_open()
+        everywhere = error is None or any(error is stop for stop in self._stops)
+        try:
+            if self._window.steps:
+                if self._alone or everywhere:
+                    self._flush_window(thread)
+                else:  # the other processes may be at another step, and a flush waits for all
+                    _LOG.warning("PeriodicFlush: left by an exception in this process: its last window is not flushed.")
+            streaming.wait_for_callbacks()
+        except Exception as late:
+            late.add_note("PeriodicFlush: while the last window was flushed.")
+            self._failures.append(late)
+        finally:
+            self._closed = True
+            thread.finish()
+            if self._derive is not None and not self._alone and everywhere and self._ended is not None:
+                with contextlib.suppress(Exception):  # it is in self._stops
+                    self._stop_by(self._ended)
+            for writer in list(self._writers):
+                with self._keeping_errors(writer):
+                    writer.flush()
+                    writer.close()
+        left = [one for one in itertools.chain(self._stops, self._failures) if one is not error]
+        for one in left[0 if error is not None else 1 :]:
+            _LOG.error("PeriodicFlush: in the background", exc_info=one)
+        if error is None and left:
+            raise left[0]
+
+    # --- the end of a window ---
+
+    def _end_window(self) -> None:
+        before = self._ended
+        self._flush_window(self._require_open())
+        if self._derive is not None and not self._alone and before is not None:
+            self._stop_by(before)
+
+    def _stop_by(self, window: Window) -> None:
+        """In several processes: what ``derive`` raised for a window is raised by all of them at one call."""
+        self._numbers_of(window)
+        if window.stop is not None:
+            self._stops.append(window.stop)
+            raise window.stop
+
+    def _flush_window(self, thread: Background) -> None:
+        snapshot = self._metrics.flush()
+        window, ended = self._window, Moment(snapshot._arrays())
+        self._moments.append(ended)
+        window.parts.append(snapshot)
+        window.begun, window.ended = (None if self._ended is None else self._ended.ended), ended
+        self._epoch.add(snapshot)
+        self._window, self._ended = Window(), window
+        thread.put(window)
+
+    def _poll(self) -> None:
+        """Note which results have become ready since the last call: the thread may be busy with a slow writer."""
+        while self._moments:
+            self._moments[0].poll()
+            if self._moments[0].at is None:
+                break
+            self._moments.popleft()
+
+    def _raise_failure(self) -> None:
+        """In one process an error surfaces here; in several, one that raised alone would leave the others waiting."""
+        if self._alone:
+            for errors in (self._stops, self._failures):
+                if errors:
+                    raise errors.pop(0)
+
+    # --- in the background ---
+
+    def _deliver(self, what: Delivered) -> None:
+        if isinstance(what, Moment):
+            what.wait()
+            return
+        try:
+            if isinstance(what, Window):
+                if self._derive is not None or (self._writes and self._writers):
+                    self._write(what.step, self._numbers_of(what), what.snapshot(), self._prefix)
+                    if what.stop is not None and self._alone:
+                        self._stops.append(what.stop)
+                self._epoch.shorten()
+            elif self._writes and isinstance(what.numbers, Snapshot):
+                self._write(what.step, what.numbers.flatten(), what.numbers, what.prefix)
+            elif self._writes:
+                self._write(what.step, dict(_floats(what.numbers)), None, what.prefix)
+        except Exception as error:
+            error.add_note(f"PeriodicFlush: while the numbers of step {what.step} were read.")
+            self._failures.append(error)
+
+    def _numbers_of(self, window: Window) -> dict[str, float]:
+        """The flat floats of a window, derived ones included. Whoever asks first works them out."""
+        with window.lock:
+            if window.numbers is None:
+                if window.ended is not None:
+                    window.ended.wait()
+                snapshot = window.snapshot()
+                numbers = snapshot.flatten()
+                if not numbers and not self._warned:
+                    self._warned = True
+                    _LOG.warning(
+                        "PeriodicFlush: the window that ended with step %d saw no values. Where the training step "
+                        "returns new metrics, pass them on: flusher(step, metrics)",
+                        window.step,
+                    )
+                numbers |= window.host
+                seconds = window.seconds()
+                if seconds is not None and seconds > 0:
+                    numbers["steps_per_sec"] = window.steps / seconds
+                    numbers |= {f"{name}_per_sec": numbers.get(name, 0.0) / seconds for name in self._rates}
+                try:
+                    numbers |= self._derived(dict(numbers), snapshot)
+                except Exception as error:
+                    error.add_note(
+                        f"PeriodicFlush: raised by derive, for the window that ended with step {window.step}."
+                    )
+                    window.stop = error
+                window.numbers = numbers
+            return window.numbers
+
+    def _derived(self, numbers: dict[str, float], window: Snapshot) -> dict[str, float]:
+        derived = None if self._derive is None else self._derive(numbers, window)
+        if derived is None:
+            return {}
+        if not isinstance(derived, Mapping):
+            raise TypeError(f"derive() gives a mapping of names to floats, or None; it gave {type(derived).__name__}.")
+        for name in derived:
+            if name in numbers:
+                raise ValueError(
+                    f"derive() gave {name!r}, and the window has that number already. Give it another name."
+                )
+        return {str(name): float(number) for name, number in derived.items()}
+
+    def _write(self, step: int, numbers: dict[str, float], snapshot: Snapshot | None, prefix: str) -> None:
+        if not self._writes or not numbers:
+            return
+        histograms = {} if snapshot is None else snapshot.histograms()
+        bins = {name for one in histograms.values() for name in one.names}
+        scalars = {_joined(prefix, name): number for name, number in numbers.items()}
+        others = {_joined(prefix, name): number for name, number in numbers.items() if name not in bins}
+        binned = {_joined(prefix, name): (one.counts, one.edges) for name, one in histograms.items()}
+        for writer in list(self._writers):
+            with self._keeping_errors(writer):
+                write_binned = getattr(writer, "write_binned", None)
+                if write_binned is None:
+                    writer.write_scalars(step, scalars)
+                else:
+                    writer.write_scalars(step, others)
+                    write_binned(step, binned)
+
+    @contextlib.contextmanager
+    def _keeping_errors(self, writer: MetricWriter) -> Iterator[None]:
+        """A writer that raises stops; the loop hears of it."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"PeriodicFlush: raised by the writer {writer!r}, which has stopped.")
+            self._writers.remove(writer)
+            self._failures.append(error)
+            if not self._alone:
+                _LOG.exception("PeriodicFlush: a writer has stopped")
+
+    # --- checks ---
+
+    def _require_open(self) -> Background:
+        if self._thread is None or self._closed:
+            raise RuntimeError(
+                "PeriodicFlush: use it inside its with block, which starts and ends the thread that writes:\n"
+                "  with PeriodicFlush(metrics, 100, writers) as flusher: ..."
+            )
+        return self._thread
+
+    def _host_scalar(self, name: str, value: Any) -> float:
+        if isinstance(value, jax.Array):
+            raise TypeError(
+                f"flusher(..., {name}=...): a jax.Array; to read it here would wait for the device.\n"
+                f"  Accumulate it: metrics.update({name}=...), with {name!r} in the spec."
+            )
+        if np.ndim(value) or not isinstance(value, int | float | np.number | np.bool_ | np.ndarray):
+            raise TypeError(f"flusher(..., {name}=...): a number, got {type(value).__name__}: {value!r}.")
+        taken = {metric.name for metric in self._metrics._plan.metrics}
+        if name in taken or name == "steps_per_sec" or name in {f"{rate}_per_sec" for rate in self._rates}:
+            raise ValueError(
+                f"flusher(..., {name}=...): the window has a number {name!r} already. Give it another name."
+            )
+        return float(value)
+
+
+def _require_metrics(metrics: Any) -> DistributedMetrics:
+    if not isinstance(metrics, DistributedMetrics):
+        raise TypeError(f"PeriodicFlush flushes DistributedMetrics, got {type(metrics).__name__}: {metrics!r}.")
+    metrics._require_accumulators("flush")
+    return metrics
+
+
+def _known_rates(metrics: DistributedMetrics, rates: Iterable[str]) -> tuple[str, ...]:
+    rates = (rates,) if isinstance(rates, str) else tuple(rates)
+    known = [
+        metric.name
+        for metric in metrics._plan.metrics
+        if isinstance(metric.accumulator, Sum | Count) and not metric.accumulator.result_shape()
+    ]
+    for name in rates:
+        if name not in known:
+            raise ValueError(
+                f"PeriodicFlush(rates={rates!r}): {name!r} is no sum or count of these metrics; those are: "
+                f"{', '.join(map(repr, known)) or 'none'}.{did_you_mean(str(name), known)}"
+            )
+    return rates
+
+
+def _host_step(step: Any) -> int:
+    if isinstance(step, bool) or not isinstance(step, int | np.integer):
+        raise TypeError(
+            f"PeriodicFlush: the step is a Python integer, got {type(step).__name__}: one on a device has to be waited "
+            "for.\n  Count on the host: for step, batch in enumerate(batches): ..."
+        )
+    return int(step)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return prefix + SEPARATOR + name if prefix else name
+
+
+def _leaves(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested mapping by flat name; arrays of the host are copied, since they may change."""
+    for name, value in numbers.items():
+        path = _joined(prefix, str(name))
+        if isinstance(value, Mapping):
+            yield from _leaves(value, path)
+        else:
+            yield path, value if isinstance(value, jax.Array) else np.array(value)
+
+
+def _floats(leaves: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, leaf in leaves.items():
+        array = np.asarray(jax.device_get(leaf))
+        for index in np.ndindex(array.shape):
+            digits = (str(i).zfill(len(str(n - 1))) for i, n in zip(index, array.shape, strict=True))
+            yield SEPARATOR.join((name, *digits)), float(array[index])
