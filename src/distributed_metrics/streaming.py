@@ -93,18 +93,19 @@ def flush_every(metrics: DistributedMetrics, step: Any, n: int, callback: Receiv
         ValueError: under ``vmap``, where there is no single step; ``n`` is no whole number of steps.
 
     >>> import jax.numpy as jnp
+    >>> windows = []
     >>> @jax.jit
     ... def loop(metrics, losses):
     ...     def body(metrics, step_and_loss):
     ...         step, loss = step_and_loss
     ...         metrics.update(loss=loss)
-    ...         flush_every(metrics, step, 2, lambda step, window: print(step, window["loss"]))
+    ...         flush_every(metrics, step, 2, lambda step, window: windows.append((step, window["loss"])))
     ...         return metrics, None
     ...     return jax.lax.scan(body, metrics, (jnp.arange(4), losses))[0]
     >>> metrics = loop(DistributedMetrics({"loss": "mean"}), jnp.array([1.0, 2.0, 3.0, 4.0]))
     >>> wait_for_callbacks()
-    1 1.5
-    3 3.5
+    >>> windows
+    [(1, 1.5), (3, 3.5)]
     """
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
         raise ValueError(f"flush_every(n={n!r}): it is a whole number of steps, 1 or more.")

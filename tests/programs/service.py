@@ -1,24 +1,9 @@
 """One of several processes: python service.py RANK PROCESSES PORT. A loop with PeriodicFlush; prints a line of JSON."""
 
 import json
-import os
-import sys
-
-rank, processes, port = map(int, sys.argv[1:])
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_collective_timeout_seconds=20"
 
 import jax
-
-jax.distributed.initialize(
-    f"127.0.0.1:{port}",
-    processes,
-    rank,
-    cluster_detection_method="deactivate",
-    initialization_timeout=30,
-    heartbeat_timeout_seconds=10,
-    shutdown_timeout_seconds=10,
-)
+from join import processes  # before anything else touches a device
 
 from distributed_metrics import DistributedMetrics, PeriodicFlush
 

@@ -1,29 +1,13 @@
 """One of several processes: python two_processes.py RANK PROCESSES PORT. Prints its results as one line of JSON."""
 
 import json
-import os
-import sys
-
-rank, processes, port = map(int, sys.argv[1:])
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_collective_timeout_seconds=20"
 
 import jax
-
-jax.distributed.initialize(
-    f"127.0.0.1:{port}",
-    processes,
-    rank,
-    cluster_detection_method="deactivate",
-    initialization_timeout=30,
-    heartbeat_timeout_seconds=10,
-    shutdown_timeout_seconds=10,
-)
-
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from join import processes, rank  # before anything else touches a device
 
 from distributed_metrics import DistributedMetrics, count_collectives
 
