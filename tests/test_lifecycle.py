@@ -234,7 +234,7 @@ def test_count_collectives_sees_those_of_any_program(mesh):
 
 
 HERE = pathlib.Path(__file__).parent
-FEW_WAYS = "eager-8-devices or explicit-2d or jax.shard_map-2d or jax.pmap"
+FEW_WAYS = "explicit-2d or jax.shard_map-2d"
 NUMBERS = "shape_and_dtype and jit or weighted or removes or million or exact or large or one_to_eight or numbers_count"
 
 

@@ -1350,8 +1350,8 @@ def test_the_sum_of_many_equal_elements_errs_by_about_1e_7(size, rows):
 
 HERE = pathlib.Path(__file__).parent
 CHOSEN = (
-    "eager-8-devices or jax.shard_map-2d and numpy or certified and one or of_one_element or in_a_scan_over or "
-    "weight_in_each_bin or few_elements or a_million_updates or float64-8 or 48_bits"
+    "jax.shard_map-2d and numpy or certified and one or of_one_element or weight_in_each_bin or a_million_updates or "
+    "float64-8 or 48_bits"
 )
 
 

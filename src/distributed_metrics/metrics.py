@@ -201,9 +201,7 @@ class DistributedMetrics(nnx.Module):
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
                 raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
             if not situation.eager:  # metrics have no gradients, and integer arithmetic on bits could not give any
-                values, weights = jax.tree.map(
-                    lambda x: jax.lax.stop_gradient(x) if is_traced(x) else x, (values, weights)
-                )
+                values, weights = _without_gradients(values), _without_gradients(weights)
             plan = learnt_plan(self._plan, self._learnt_from(values))
             feeds, arrays = feeds_of(plan, situation, values, weights, specs)
             tables = self._relaid(plan, view, tables)
@@ -421,6 +419,15 @@ class DistributedMetrics(nnx.Module):
     reduce_min_static = staticmethod(reducers.reduce_min)
     reduce_custom_static = staticmethod(reducers.reduce_custom)
     collect_from_devices_static = staticmethod(reducers.collect_from_devices)
+
+
+def _without_gradients(tree: Any) -> Any:
+    """The same values as constants of differentiation. (``jax.tree.map`` would sort the keywords of a clu metric.)"""
+    if isinstance(tree, Mapping):
+        return {name: _without_gradients(branch) for name, branch in tree.items()}
+    if isinstance(tree, tuple | list):
+        return tuple(map(_without_gradients, tree))
+    return jax.lax.stop_gradient(tree) if is_traced(tree) else tree
 
 
 def _outer_trace(method: str) -> str:
