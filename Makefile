@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Each sets up its own environment first; PYTHON= chooses the interpreter.
+# Two commands: `make demo` and `make test`. Each sets up its own environment first; PYTHON= chooses the interpreter, and
+# TESTS= some of the tests: make test TESTS="-m 'not slow'"
 
 PYTHON ?= python3
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -11,7 +12,7 @@ demo: $(VENV)/ready
 	$(RUN)/python examples/train_digits.py
 
 test: lint
-	$(RUN)/python -m pytest -q -n 2 --dist loadfile
+	$(RUN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 lint: $(VENV)/ready
 	$(RUN)/ruff check

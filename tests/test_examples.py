@@ -68,6 +68,7 @@ def test_the_digits_are_learnt_and_the_metrics_send_nothing(tmp_path):
     assert image.std() > 0.05, "the plot is blank"
 
 
+@pytest.mark.slow
 def test_a_model_that_did_not_learn_fails(tmp_path):
     done = run_example(tmp_path, "--epochs", "1")
     assert done.returncode == 1

@@ -17,8 +17,8 @@ from distributed_metrics.testing import check_accumulator
 
 OURS = [
     *(kind() for name, kind in BY_NAME.items() if name != "std"),
-    Std(ddof=1),
-    Mean(shape=(3, 2)),
+    pytest.param(Std(ddof=1), marks=pytest.mark.slow, id="std"),
+    pytest.param(Mean(shape=(3, 2)), marks=pytest.mark.slow, id="mean[3, 2]"),
     Histogram((0.0, 0.5, 1.0, 2.0, 8.0)),
     Quantile((0.1, 0.9), relative_error=0.3),
 ]
@@ -234,6 +234,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulator", "law", "shown"), BROKEN, ids=[f"{kind}-{law}" for kind, law, _ in BROKEN])
 def test_a_broken_law_is_named_with_both_numbers_and_a_cause(accumulator, law, shown):
     BestSoFar.best = 0.0
@@ -247,6 +248,7 @@ def test_a_broken_law_is_named_with_both_numbers_and_a_cause(accumulator, law, s
 # --- the values that are given ---
 
 
+@pytest.mark.slow
 def test_values_may_have_any_leading_dims_weights_and_several_parts():
     x = np.random.default_rng(0).lognormal(size=(4, 3, 2)).astype(np.float32)
     tokens = np.arange(1, 25).reshape(4, 3, 2)
@@ -281,6 +283,7 @@ def test_tolerances_are_what_may_differ():
 # --- the page on writing one ---
 
 
+@pytest.mark.slow
 def test_the_page_on_accumulators_runs(capsys):
     page = pathlib.Path(__file__).parent.parent / "src" / "distributed_metrics" / "accumulators" / "README.md"
     text, namespace = page.read_text(), {}

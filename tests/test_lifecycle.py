@@ -238,6 +238,7 @@ FEW_WAYS = "explicit-2d or jax.shard_map-2d"
 NUMBERS = "shape_and_dtype and jit or weighted or removes or million or exact or large or one_to_eight or numbers_count"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "files"),
     [

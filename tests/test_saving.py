@@ -1009,6 +1009,7 @@ batches = st.lists(
 cuts = st.lists(st.tuples(st.integers(0, 6), st.sampled_from(DEVICES), st.booleans()), max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None)
 @given(batches=batches, cuts=cuts, apart=st.booleans())
 def test_any_way_of_cutting_a_run_gives_the_run(batches, cuts, apart):

@@ -109,6 +109,7 @@ DATA = {
 }
 
 
+@pytest.mark.slow
 def test_any_data_on_one_to_eight_devices_equal_float64_numpy_and_agree():
     edges, size = (-1e3, 0.0, 1.0, 1e6, 1e6 + 1, 1e7), 840
     masks = [np.ones(size, bool), np.random.default_rng(1).random(size) < 0.6]
@@ -223,6 +224,7 @@ def test_a_constant_of_two_words_and_one_with_weights_vary_by_less_than_their_la
         assert metrics.flush()["x"] <= abs(constant) * 2**-44
 
 
+@pytest.mark.slow
 def test_what_saw_nothing_has_no_variance_and_one_element_has_the_variance_0():
     metrics = DistributedMetrics({"x": ("var", Var(ddof=1, name="of sample"))}, mesh=eight())
 
@@ -306,6 +308,7 @@ def test_the_variance_of_a_million_elements_in_one_update(weights, rows):
         assert metrics.flush()["x"] == pytest.approx(variance(x, weight), rel=2e-8), (mean, deviation)
 
 
+@pytest.mark.slow
 def test_variances_and_last_values_of_any_dtype():
     rng = np.random.default_rng(0)
     values: dict[str, np.ndarray] = {"float64": rng.normal(1e6, 1, 96), "bool": rng.random(96) < 0.3}
@@ -324,6 +327,7 @@ def test_variances_and_last_values_of_any_dtype():
 # --- the last value ---
 
 
+@pytest.mark.slow
 def test_the_last_element_of_nonzero_weight_in_row_major_order():
     x = np.arange(24, dtype=np.int32).reshape(4, 3, 2)
     for mesh in (mesh_of(4),):
@@ -346,6 +350,7 @@ read = nnx.jit(lambda metrics: metrics.compute())
 read_results = nnx.jit(lambda metrics: dict(metrics.compute()))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), rows=st.sampled_from([1, 8]))
 def test_any_sequence_of_masked_updates_leaves_the_last_element_that_counted(data, rows):
@@ -368,6 +373,7 @@ def test_any_sequence_of_masked_updates_leaves_the_last_element_that_counted(dat
             np.testing.assert_equal({name: result[name] for name in expected}, expected)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_all_masked_does_not_change_the_last_value():
     for mesh in (None, eight()):
         metrics = DistributedMetrics({"x": "last"}, mesh=mesh)
@@ -486,6 +492,7 @@ def test_the_last_value_is_exact_for_integers_and_to_48_bits_for_floats():
         assert metrics.compute()["x"] == 5
 
 
+@pytest.mark.slow
 def test_what_is_added_or_merged_is_later_than_what_is_there():
     spec = {"x": "last", "y": "last", "z": Last(shape=2)}
     metrics = DistributedMetrics(spec, mesh=eight())
@@ -583,6 +590,7 @@ def in_kinds(floats: np.ndarray) -> dict[str, np.ndarray]:
     return {**kinds, "int32": whole.astype(np.int64).astype(np.int32)}
 
 
+@pytest.mark.slow
 @settings(max_examples=7, deadline=None)
 @given(data=st.data(), rows=st.sampled_from([1, 8]))
 def test_histograms_count_exactly_as_numpy(data, rows):
@@ -618,6 +626,7 @@ def test_elements_on_the_edges_fall_where_numpy_counts_them(edges):
         assert metrics.compute().outside[kind] == beyond(of_kind, edges), kind
 
 
+@pytest.mark.slow
 def test_the_weight_in_each_bin_is_that_of_numpy():
     rng = np.random.default_rng(0)
     edges = np.linspace(-2, 2, 12)
@@ -929,6 +938,7 @@ class TestEveryWay:
         if way.program:
             assert count_collectives(run, metrics, way.place(batches[0])) == {}
 
+    @pytest.mark.slow
     def test_a_traced_compute_costs_at_most_one_collective_and_agrees_with_an_eager_one(self, way):
         if way.name not in READING:
             return
@@ -996,6 +1006,7 @@ def assert_every(result, expected) -> None:
             np.testing.assert_allclose(result[name], number, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "rows"), [("float32", 8), ("float32", 1), ("bfloat16", 8), ("float16", 8), ("float64", 8)]
 )
@@ -1044,6 +1055,7 @@ def test_ignore_does_not_count_what_has_weight_0(weight):
         assert snapshot["n"] == pytest.approx(np.average(np.arange(8), weights=full), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nnx.jit-explicit-2d", "nnx.shard_map", "jax.shard_map-2d", "jax.pmap", "nnx.scan"])
 def test_ignore_in_every_kind_of_program(name):
     [way] = [way for way in WAYS if way.name == name]
@@ -1219,6 +1231,7 @@ def assert_members(snapshot, singles) -> None:
     assert len(snapshot.flatten(empty="nan")) == len(singles) * len(singles[0].flatten(empty="nan"))
 
 
+@pytest.mark.slow
 def test_a_population_keeps_its_dims_in_every_result_of_every_accumulator():
     mesh = eight()
     x = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
@@ -1256,6 +1269,7 @@ def test_a_population_that_ignores_counts_for_each_member():
     assert snapshot["x"]["count"].tolist() == [4, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["mask", "floats"])
 def test_shape_keeps_trailing_dims_of_every_accumulator(weights):
     rng = np.random.default_rng(0)
@@ -1355,6 +1369,7 @@ CHOSEN = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [{"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}],

@@ -240,6 +240,7 @@ def test_a_large_batch_is_summed_to_the_last_digit_of_float32_and_beyond(size):
     assert metrics.compute()["x"] == pytest.approx(x.sum(dtype=np.float64), rel=tolerance)
 
 
+@pytest.mark.slow
 def test_the_same_data_on_one_to_eight_devices_agree():
     x = np.random.default_rng(0).lognormal(size=(840, 7)).astype(np.float32)
     results = []

@@ -26,6 +26,7 @@ from distributed_metrics.writers import (
     as_writer,
 )
 
+pytestmark = pytest.mark.slow  # writers never see an array of JAX: one version of it is enough
 NAN, INF = float("nan"), float("inf")
 HOSTILE = [
     "../../x", "/etc/x", "a\nb", "a\r\u2028b", 'x{y="z"} 1', "[red]x", "[/]", ":smile:", "step", "time", "metrics/step",
