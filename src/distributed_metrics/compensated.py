@@ -21,7 +21,7 @@ from jax import Array, lax
 
 Pair = tuple[Array, Array]
 
-_MOST_TREE_ELEMENTS = 2**14
+MOST_TREE_ELEMENTS = 2**14
 """Above this many elements, runs of neighbours are summed in plain float32 first: reading them then is the whole cost.
 """
 
@@ -185,7 +185,7 @@ def tree_sum(x: Pair, dims: int) -> Pair:
     if dims == 0:
         return x
     high, low = (part.reshape(-1, *part.shape[dims:]) for part in x)
-    if high.shape[0] > _MOST_TREE_ELEMENTS:
+    if high.shape[0] > MOST_TREE_ELEMENTS:
         high, low = _runs(high), _runs(low)
     while (n := high.shape[0]) > _LAST_OF_TREE:
         half = (n + 1) // 2

@@ -86,6 +86,11 @@ class Batch:
         counted = self._where_counted(self.elements, instead=-jnp.inf)
         return jnp.max(counted, axis=self._axes, initial=-jnp.inf)
 
+    @property
+    def sums_exactly(self) -> bool:
+        """Whether sums of the elements have all digits of a pair: not those of large batches, nor those of XLA."""
+        return self.split and int(np.prod(self._leading, dtype=np.int64)) <= compensated.MOST_TREE_ELEMENTS
+
     def rough_mean(self) -> Array:
         """The plain float32 mean of the elements of nonzero weight, of shape S; 0 if there are none."""
         number = jnp.sum(jnp.broadcast_to(self.counted(), self._full_shape), self._axes, dtype=jnp.float32)

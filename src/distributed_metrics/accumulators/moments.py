@@ -21,7 +21,11 @@ from distributed_metrics.merging import Merge, Number, Numbers, Parts
 
 def _of_batch(batch: Batch) -> Parts:
     """n, mean and M2 of a batch, as three pairs."""
-    pivot = batch.rough_mean()  # near the elements, so that nothing cancels in what follows
+    # Near the elements, so that nothing cancels in what follows. It has to be one and the same number wherever it is
+    # used, and a compiler for GPUs computes a small sum again, in another order, in each kernel that uses it: so it is
+    # the largest element of a small batch. Sums of large ones are kernels of their own, and rough: they want a mean.
+    largest = batch.max()
+    pivot = jnp.where(jnp.isfinite(largest), largest, 0) if batch.sums_exactly else batch.rough_mean()
     weight = batch.total_weight()
     nonzero = (jnp.where(weight[0] == 0, 1, weight[0]), weight[1])
     differences = batch.shifted((pivot, jnp.zeros_like(pivot)))
