@@ -32,4 +32,4 @@ $(VENV)/ready: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv-* build dist demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv-* build dist demo-output resume-output .mypy_cache .pytest_cache .ruff_cache

@@ -130,7 +130,9 @@ def test_the_table_has_every_class_that_metrax_and_clu_export():
 
 @pytest.mark.parametrize(
     ("module", "name", "outputs", "explicit"),
-    [(*case, False) for case in WORKING] + [(*case, True) for case in WORKING[::4]],
+    [(*case, False) for case in WORKING[::2]]
+    + [pytest.param(*case, False, marks=pytest.mark.slow) for case in WORKING[1::2]]
+    + [pytest.param(*case, True, marks=pytest.mark.slow) for case in WORKING[::4]],
     ids=lambda x: x if isinstance(x, str | bool) else "",
 )
 def test_a_class_on_eight_devices_gives_what_it_gives_by_itself(module, name, outputs, explicit):

@@ -75,6 +75,7 @@ def test_a_model_that_did_not_learn_fails(tmp_path):
     assert "should be above 95%" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
     done = run_example(tmp_path, "--batch-size", "60")
     assert done.returncode == 2
@@ -84,6 +85,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
 WINDOWS = r"(  step +\d+: loss [\d.]+, accuracy +[\d.]+%\n){4}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
@@ -99,3 +101,13 @@ def test_an_example_does_what_it_says(name, lines):
     assert done.stderr == ""
     for line in lines:
         assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_several_processes_are_started_by_one_command_and_agree():
+    done = run_script("multi_process.py", "--processes", "2", "--devices", "2", "--steps", "20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    results = re.findall(r"^  accuracy 0\.\d+ of 640 examples, largest loss [\d.]+$", done.stdout, re.MULTILINE)
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert re.findall(r"^  step (\d+)  loss/mean", done.stdout, re.MULTILINE) == ["9", "19"], "the first process writes"

@@ -70,7 +70,7 @@ def test_eager_flush_costs_no_collective(mesh, fresh):
     """The one program that an eager compute() or flush() runs."""
     metrics = DistributedMetrics(SPEC, mesh=mesh)
     tables = metrics._tables()
-    program = _read_program(metrics._plan, metrics._situation(tables).view, None, fresh)
+    program = _read_program(metrics._plan, metrics._situation(tables).view, fresh)
     assert count_collectives(program, tables) == {}
     words, new = program(tables)
     assert len(jax.tree.leaves(words)) == 1

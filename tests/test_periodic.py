@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pathlib
 import threading
 import time
 
@@ -16,9 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import DistributedMetrics, Histogram, PeriodicFlush, Snapshot, delivery
 from distributed_metrics.writers import MemoryWriter
-from test_processes import run
-
-PROGRAM = pathlib.Path(__file__).parent / "programs" / "service.py"
+from processes import run
 
 
 class Recorder:
@@ -558,7 +555,7 @@ def test_threads_that_share_an_object_lose_nothing_and_count_nothing_twice():
 
 def test_two_processes_write_once_and_stop_together(caplog):
     caplog.set_level(logging.ERROR)
-    first, second = (json.loads(line) for line in run(PROGRAM, processes=2))
+    first, second = (json.loads(line) for line in run("service.py", processes=2))
     assert first["steps"] == [1, 3, 5, 6]
     assert first["loss"] == [0.5, 2.5, 4.5, 6.0]
     assert second["steps"] == []

@@ -218,6 +218,48 @@ def test_partly_mapped_code_spreads_over_the_axes_that_are_left():
     assert metrics.flush()["x"] == {"sum": pytest.approx(2 * X.sum(dtype=np.float64), rel=1e-6), "count": 4 + X.size}
 
 
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_code_that_is_mapped_over_all_axes_of_the_rows_has_a_global_view_of_the_others(explicit):
+    mesh = make_mesh({"data": 4, "model": 2}, explicit)
+    metrics = DistributedMetrics({"x": ("sum", "count", "max", "last")}, mesh=mesh, axis_name="data")
+    x = jax.device_put(X, NamedSharding(mesh, P("data", "model")))
+
+    @jax.jit
+    def program(metrics, x):
+        def local(metrics, x):
+            metrics.update(x=x)
+            before = metrics.flush()
+            metrics.update(x=x, spec=P(None, "model"))
+            metrics.update(x=2.0)
+            return metrics, before, metrics.compute()
+
+        split = P("data")
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(split, split), out_specs=(split, P(), P()), axis_names={"data"}
+        )(metrics, x)
+
+    metrics, first, second = program(metrics, x)
+    total = X.sum(dtype=np.float64)
+    once = {"sum": pytest.approx(total, rel=1e-6), "count": X.size, "max": X.max(), "last": X[-1, -1]}
+    assert first["x"] == once
+    for snapshot in (second, metrics.compute()):
+        assert snapshot["x"] == {**once, "sum": pytest.approx(total + 8, rel=1e-6), "count": X.size + 4, "last": 2.0}
+
+
+def test_the_last_element_is_that_of_the_last_device_also_where_xla_reduces():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": "last"}, mesh=mesh)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    split = P("data")
+
+    def local(metrics, x):
+        metrics.update(x=x)
+        return metrics
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(split, split), out_specs=split, axis_names={"data"})
+    assert jax.jit(mapped)(metrics, x).compute()["x"] == X[-1, -1]
+
+
 def test_mesh_is_that_of_set_mesh_eagerly_and_in_a_trace():
     mesh = make_mesh({"data": 8}, explicit=True)
     with jax.set_mesh(mesh):

@@ -423,6 +423,7 @@ def numpy_training(weights, batches, rate=1e-3):
     return results
 
 
+@pytest.mark.slow
 def test_complete_multi_gpu_example(capsys):
     batches = [
         {"images": RNG.random((16, 784)).astype(np.float32), "labels": RNG.integers(0, 10, 16).astype(np.int32)}

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from distributed_metrics import count_collectives
-from ways import WAYS, Way
+from ways import SOME_WAYS, WAYS, Way
 
 SPEC = {
     "loss": ("mean", "sum", "count", "max", "min"),
@@ -117,6 +117,11 @@ class TestEveryWay:
     def test_update_has_no_collective(self, way):
         assert _collectives(way, update) == {}
 
+    @pytest.mark.parametrize(
+        "way",
+        [pytest.param(way, id=way.name, marks=() if way in SOME_WAYS else pytest.mark.slow) for way in WAYS],
+        indirect=True,
+    )
     def test_traced_compute_and_flush_cost_at_most_one_collective_and_agree_with_eager_ones(self, way):
         if way.name.startswith("eager"):
             return  # there compute() is not traced; see test_eager_flush_costs_no_collective

@@ -15,7 +15,7 @@ from distributed_metrics.accumulators import (
     Sum,
     Var,
 )
-from distributed_metrics.audit import count_collectives
+from distributed_metrics.audit import assert_silent, count_collectives
 from distributed_metrics.data_parallel import DataParallel
 from distributed_metrics.mesh import DeviceMeshManager
 from distributed_metrics.metrics import DistributedMetrics
@@ -52,6 +52,7 @@ __all__ = [
     "Sum",
     "Var",
     "all_gather",
+    "assert_silent",
     "collect_from_devices",
     "count_collectives",
     "flush_every",

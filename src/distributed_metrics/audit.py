@@ -2,15 +2,22 @@
 
 import collections
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
-_COLLECTIVE = re.compile(
-    r"= (?P<type>.*?) (?P<operation>all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter"
-    r"|collective-permute|collective-broadcast)(?:-start)?\("
-)
+from distributed_metrics import hlo
+from distributed_metrics.origins import Sent, arguments_of, as_code, likely, sent_by
+
+_COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<operation>{hlo.COLLECTIVES})(?:-start)?\(")
+_MOST_SHOWN = 6
+
+
+def _compiled(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    jitted = fn if hasattr(fn, "lower") else nnx.jit(fn)
+    lowered = jitted.lower(*args, **kwargs)
+    return lowered, lowered.compile()
 
 
 def compiled_text(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -20,8 +27,7 @@ def compiled_text(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         fn: a function of arrays and nnx objects, jitted (``jax.jit``, ``nnx.jit``, ``jax.pmap``, ...) or not.
         *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``).
     """
-    jitted = fn if hasattr(fn, "lower") else nnx.jit(fn)
-    return jitted.lower(*args, **kwargs).compile().as_text()
+    return _compiled(fn, args, kwargs)[1].as_text()
 
 
 def count_collectives(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
@@ -41,5 +47,105 @@ def count_collectives(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict
     >>> count_collectives(lambda m, x: m.update(loss=x), metrics, jnp.ones(8))
     {}
     """
-    text = compiled_text(fn, *args, **kwargs)
+    return _counted(compiled_text(fn, *args, **kwargs))
+
+
+def _counted(text: str) -> dict[str, int]:
     return dict(collections.Counter(match["operation"] for match in _COLLECTIVE.finditer(text)))
+
+
+def assert_silent(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Assert that the compiled ``fn(*args, **kwargs)`` holds no collective; nothing is run.
+
+    It is for an update on its own. A whole train step has collectives of its own: compare ``count_collectives`` of the
+    step with and without metrics, and ask this function about the update where they differ.
+
+    Args:
+        fn: a function of arrays and nnx objects, jitted (``jax.jit``, ``nnx.jit``, ``jax.pmap``, ...) or not.
+        *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct`` with their sharding).
+
+    Raises:
+        AssertionError: it holds some. The message shows what each moves, the arguments that this was computed from and
+            how they lie, the line that asked for it, and, where the metrics did, what would keep it still.
+
+    >>> import jax
+    >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    >>> from distributed_metrics import DistributedMetrics
+    >>> mesh = Mesh(jax.devices(), ("data",))
+    >>> metrics = DistributedMetrics({"loss": "mean"}, mesh=mesh)
+    >>> loss = jax.device_put(jax.numpy.ones(16), NamedSharding(mesh, P("data")))
+    >>> assert_silent(lambda metrics, loss: metrics.update(loss=loss), metrics, loss)
+    """
+    lowered, compiled = _compiled(fn, args, kwargs)
+    counts = _counted(compiled.as_text())
+    if not counts:
+        return
+    program = hlo.parsed(compiled.as_text())
+    arguments = arguments_of(fn, args, lowered, compiled, program)
+    sent = collections.Counter(
+        _described(one) for node in program.collectives() for one in sent_by(program, node, arguments)
+    )
+    shown = ", ".join(f"{number} {operation}{'s' * (number > 1)}" for operation, number in counts.items())
+    raise AssertionError(
+        f"assert_silent({getattr(fn, '__name__', 'fn')}): the compiled program holds {shown}.\n\n"
+        + "\n\n".join(one.replace(": ", f" ({times} times): " if times > 1 else ": ", 1) for one, times in sent.items())
+    )
+
+
+def _described(sent: Sent) -> str:
+    """One paragraph of the message."""
+    what = f"metrics.update() of {' and '.join(f'{n!r}, shape {s}' for n, s in sent.values)}" if sent.values else ""
+    context = ", ".join(part for part in (what, sent.where) if part)
+    lines = [f"  {sent.operation} of {sent.type}: {context or 'nothing shows where'}"]
+    shown = sorted(sent.sources, key=lambda one: not one.spec)[:_MOST_SHOWN]
+    hidden = len(sent.sources) - len(shown)
+    if not shown:
+        lines.append("    computed from constants of the program alone")
+    elif sent.computed or len(sent.sources) > 1:
+        lines.append("    an intermediate, computed from")
+    else:
+        lines.append("    the argument")
+    lines += [f"      {source}" for source in shown] + [f"      and {hidden} more"] * bool(hidden)
+    return "\n".join([*lines, *(f"    {line}" for line in _advice(sent))])
+
+
+def _advice(sent: Sent) -> list[str]:
+    """What would keep a value still; where the metrics did not ask for it, that they did not."""
+    if "_merged_over" in sent.functions:
+        return [
+            "Devices that share a row hold different parts of the value. Give each device a row, by leaving out",
+            "axis_name=: DistributedMetrics({...}, mesh=mesh)",
+        ]
+    if sent.one_row:
+        return [
+            "The object has one row, and the value lies on several devices. Give each device a row:",
+            "  DistributedMetrics({...}, mesh=mesh)",
+        ]
+    if sent.values:
+        return _spec_advice(sent)
+    if sent.functions:
+        call = sent.functions[-1].removeprefix("DistributedMetrics.")  # the outermost
+        return [f"It is what {call}() sends; spec= would not change it."]
+    return ["It is not sent by the metrics: spec= would not change it."]
+
+
+def _spec_advice(sent: Sent) -> list[str]:
+    found_of = {name: likely(shape, sent.sources) for name, shape in sent.values}
+    specs: dict[str, Any] = {}
+    for name, found in found_of.items():
+        *outer, last = name.split("/")
+        inside = specs
+        for one in outer:
+            inside = inside.setdefault(one, {})
+        inside[last] = as_code(found[0]) if found else "P(...)"
+    as_one = sorted({found[1].name for found in found_of.values() if found})
+    condition = f"If it lies as {' and '.join(as_one)}, say so" if as_one else "Say how it lies"
+    return [
+        f"On Auto axes JAX does not show how it lies. {condition}, and nothing is sent:",
+        f"  metrics.update(..., spec={_nested_code(specs)})",
+    ]
+
+
+def _nested_code(specs: Mapping[str, Any]) -> str:
+    inside = (f'"{name}": {one if isinstance(one, str) else _nested_code(one)}' for name, one in specs.items())
+    return "{" + ", ".join(inside) + "}"

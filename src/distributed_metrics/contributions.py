@@ -126,14 +126,34 @@ def contributed(
         group = plan.group_of[first_member]
         contribute = _contribution_function(group.accumulator, plan.ignores, feed, counting, mapped, split)
         inputs = len(feed.inputs)
-        if len(members) == 1:
-            fields = jax.tree.map(lambda part: part[None], contribute(given[:inputs], given[inputs:]))
-        else:
-            stacked = [jnp.stack(same) for same in zip(*(given[:inputs] for _, given in members), strict=True)]
-            fields = jax.vmap(contribute, in_axes=(0, None), axis_size=len(members))(stacked, given[inputs:])
+        with jax.named_scope(update_scope(_shapes(plan, feed_of, members))):
+            if len(members) == 1:
+                fields = jax.tree.map(lambda part: part[None], contribute(given[:inputs], given[inputs:]))
+            else:
+                stacked = [jnp.stack(same) for same in zip(*(given[:inputs] for _, given in members), strict=True)]
+                fields = jax.vmap(contribute, in_axes=(0, None), axis_size=len(members))(stacked, given[inputs:])
         block = Block(tuple(i for i, _ in members), group, fields)
         blocks.append(block.on_first(tuple(axis for axis in counting if axis not in feed.axes)))
     return blocks
+
+
+def update_scope(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """How operations on values are labelled in the compiled program, for profiles and for ``assert_silent``."""
+    return f"update{dict(shapes)!r}"
+
+
+def _shapes(
+    plan: Plan, feed_of: Mapping[int, Feed], members: Sequence[tuple[int, Sequence[Array]]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of values by name, as their update gave them: whole, where this device has a part of them."""
+    shapes = {}
+    for i, given in members:
+        source = feed_of[i].inputs[0]
+        shape = given[0].shape[: given[0].ndim - source.pair]
+        entries = [*(source.spec or ()), *(None for _ in shape)]
+        parts = [lax.axis_size(spec_axes(P(entry))) if entry else 1 for entry in entries]
+        shapes[plan.metrics[i].value] = tuple(size * part for size, part in zip(shape, parts, strict=False))
+    return shapes
 
 
 def _likeness(plan: Plan, i: int, feed: Feed, given: Sequence[Array], split: bool) -> Any:

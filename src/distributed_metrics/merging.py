@@ -37,7 +37,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Merge:
-    """One way of merging slots, element by element.
+    """One way of merging slots.
 
     Attributes:
         name: of the table that holds these slots; one table, and one Variable, for each name.
@@ -46,6 +46,7 @@ class Merge:
         combine_numbers: the same for numbers, in float64 on the host.
         follow, follow_numbers: where order matters, the same for a later state that follows an earlier one.
         elsewhere: what the other rows get when words go to one row only; by default the identity.
+        by_slot: whether slots are merged independently of each other, so that devices may merge some of them each.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Merge:
     follow: Callable[[Parts, Parts], Parts] | None = None
     follow_numbers: Callable[[Numbers, Numbers], Numbers] | None = None
     elsewhere: Callable[[Parts], Parts] | None = None
+    by_slot: bool = True
 
     @property
     def identity(self) -> tuple[float, ...]:

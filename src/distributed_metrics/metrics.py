@@ -8,18 +8,29 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 
-from distributed_metrics import reducers, rows
+from distributed_metrics import heads, meeting, reducers, rows
 from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
 from distributed_metrics.contributions import Feed
-from distributed_metrics.placement import Situation, on_device
+from distributed_metrics.gathering import Gathering, gathering_of
+from distributed_metrics.placement import Situation, by_process, on_device, row_sharding
 from distributed_metrics.plan import Plan, learnt_plan, parse
 from distributed_metrics.snapshot import Snapshot
+from distributed_metrics.tables import Tables, identity_words, table_dims
 from distributed_metrics.values import by_name, feeds_of, keywords_of, named_values
-from distributed_metrics.view import Layout, View, is_traced, look, make_layout, mapped_axes, varying_axes
+from distributed_metrics.view import (
+    Layout,
+    View,
+    is_traced,
+    look,
+    make_layout,
+    mapped_axes,
+    processes_of,
+    varying_axes,
+)
 
 _LOCK = threading.RLock()
 """Held while rows are read and replaced. One for all objects: an object's attributes are part of its graphdef, and what
@@ -30,50 +41,58 @@ is held here is only ever the dispatch of a small program."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _update_program(plan: Plan, view: View, feeds: tuple[Feed, ...]) -> Callable[..., rows.Tables]:
-    def update(tables: rows.Tables, arrays: list[jax.Array]) -> rows.Tables:
+def _update_program(plan: Plan, view: View, feeds: tuple[Feed, ...]) -> Callable[..., Tables]:
+    def update(tables: Tables, arrays: list[jax.Array]) -> Tables:
         return rows.updated(plan, view, feeds, tables, arrays)
 
     return jax.jit(update, inline=True)
 
 
 @functools.lru_cache(maxsize=1024)
-def _absorb_program(plan: Plan, view: View) -> Callable[[rows.Tables, Any], rows.Tables]:
+def _absorb_program(plan: Plan, view: View) -> Callable[[Tables, Any], Tables]:
     return jax.jit(functools.partial(rows.absorbed, plan, view), inline=True)
 
 
 @functools.lru_cache(maxsize=1024)
-def _relay_program(old: Plan, new: Plan, view: View) -> Callable[[rows.Tables], rows.Tables]:
+def _relay_program(old: Plan, new: Plan, view: View) -> Callable[[Tables], Tables]:
     return jax.jit(functools.partial(rows.relaid, old, new, view), inline=True)
 
 
 @functools.lru_cache(maxsize=1024)
-def _merge_program(plan: Plan, view: View) -> Callable[[rows.Tables], jax.Array]:
+def _merge_program(plan: Plan, view: View) -> Callable[[Tables], jax.Array]:
     return jax.jit(functools.partial(rows.merged, plan, view), inline=True)
 
 
 @functools.lru_cache(maxsize=1024)
-def _reset_program(plan: Plan, view: View) -> Callable[[rows.Tables], rows.Tables]:
+def _reset_program(plan: Plan, view: View) -> Callable[[Tables], Tables]:
     return jax.jit(functools.partial(rows.reset, plan, view), inline=True)
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_program(
-    plan: Plan, view: View, sharding: NamedSharding | None, fresh: bool
-) -> Callable[[rows.Tables], tuple[jax.Array, rows.Tables | None]]:
-    """The rows in one buffer and, with ``fresh``, rows that have seen nothing: all of an eager flush."""
+def _read_program(plan: Plan, view: View, fresh: bool) -> Callable[[Tables], tuple[jax.Array, Tables | None]]:
+    """The rows in one buffer and, with ``fresh``, rows that have seen nothing: all of an eager flush in one process."""
 
-    def read(tables: rows.Tables) -> tuple[jax.Array, rows.Tables | None]:
-        words = rows.unmerged(plan, view, tables)
-        if sharding is not None:
-            words = (jax.sharding.reshard if view.explicit else jax.lax.with_sharding_constraint)(words, sharding)
-        return words, rows.reset(plan, view, tables) if fresh else None
+    def read(tables: Tables) -> tuple[jax.Array, Tables | None]:
+        return rows.unmerged(plan, view, tables), rows.reset(plan, view, tables) if fresh else None
+
+    return jax.jit(read)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gather_program(
+    plan: Plan, view: View, gathering: Gathering, fresh: bool
+) -> Callable[[Tables, jax.Array], tuple[jax.Array, Tables | None]]:
+    """The same where other processes have some of the rows."""
+
+    def read(tables: Tables, labels: jax.Array) -> tuple[jax.Array, Tables | None]:
+        buffer = rows.gathered(plan, view, gathering, tables, labels)
+        return buffer, rows.reset(plan, view, tables) if fresh else None
 
     return jax.jit(read)
 
 
 @jax.custom_batching.custom_vmap
-def one_run(tables: rows.Tables) -> rows.Tables:
+def one_run(tables: Tables) -> Tables:
     """The same rows, in a program that is no ``vmap`` of several runs."""
     return tables
 
@@ -88,7 +107,7 @@ def _refuse_vmap(*_: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _fresh_program(plan: Plan, layout: Layout) -> Callable[[], rows.Tables]:
+def _fresh_program(plan: Plan, layout: Layout) -> Callable[[], Tables]:
     return jax.jit(functools.partial(rows.fresh, plan, layout))
 
 
@@ -198,6 +217,8 @@ class DistributedMetrics(nnx.Module):
             situation = self._situation(tables)
             view = situation.view
             self._refuse_population("update", tables, view)
+            if situation.elsewhere:
+                return
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
                 raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
             if not situation.eager:  # metrics have no gradients, and integer arithmetic on bits could not give any
@@ -206,6 +227,13 @@ class DistributedMetrics(nnx.Module):
             feeds, arrays = feeds_of(plan, situation, values, weights, specs)
             tables = self._relaid(plan, view, tables)
             self._replace(_update_program(plan, view, feeds)(tables, arrays), f"update({', '.join(values)})", plan)
+            if situation.eager:
+                self._note_update()
+
+    def _note_update(self) -> None:
+        """For the heads of flushes; see there."""
+        if len(self._layout.processes) > 1:
+            heads.record_of(self).updates += 1
 
     def _learnt_from(self, values: Mapping[str, Any]) -> dict[int, Accumulator]:
         """The accumulators of clu metrics that get their first value, with what it shows."""
@@ -220,20 +248,36 @@ class DistributedMetrics(nnx.Module):
                         raise ValueError(f"metrics.update(): {self._plan.metrics[i].name!r}: {error}") from error
         return learnt
 
-    def _relaid(self, plan: Plan, view: View, tables: rows.Tables) -> rows.Tables:
+    def _relaid(self, plan: Plan, view: View, tables: Tables) -> Tables:
         """The rows with room for what a plan has learnt."""
         return tables if plan is self._plan else _relay_program(self._plan, plan, view)(tables)
 
-    def compute(self) -> Snapshot:
+    def compute(self, *, timeout: float | None = None) -> Snapshot:
         """The results so far; the accumulators stay as they are.
 
         In a trace: one collective, and a merged snapshot. Eager: none where this process holds all devices.
-        """
-        return self._read("compute", fresh=False)
 
-    def flush(self) -> Snapshot:
-        """The results so far, and the accumulators start afresh. It costs as much as ``compute``."""
-        return self._read("flush", fresh=True)
+        Args:
+            timeout: as in ``flush``.
+        """
+        return self._read("compute", fresh=False, timeout=timeout)
+
+    def flush(self, *, timeout: float | None = None) -> Snapshot:
+        """The results so far, and the accumulators start afresh. It costs as much as ``compute``.
+
+        In several processes all of them flush, in the same order.
+
+        Args:
+            timeout: seconds to wait for the other processes; None: no limit. With a limit, the processes meet before
+                anything is launched, by the coordination service of ``jax.distributed`` (which JAX has no public
+                interface for); this call then waits for the last of them, and nothing is flushed if one does not come.
+
+        Raises:
+            TimeoutError: a process did not come in time; the message names it, and the accumulators go on.
+            RuntimeError: with ``timeout``, the processes are about to make different flushes. Without it, reading a
+                number of the snapshot raises this, in every process.
+        """
+        return self._read("flush", fresh=True, timeout=timeout)
 
     def merge(self, snapshot: Snapshot) -> None:
         """Add what a snapshot has seen: a restored one, or that of another job. It counts as later than what is here.
@@ -262,32 +306,77 @@ class DistributedMetrics(nnx.Module):
             tables = self._tables()
             situation = self._situation(tables)
             self._refuse_population("merge", tables, situation.view)
+            if situation.elsewhere:
+                return
             plan, merged = snapshot._merged_for(self._plan, "merge")
             words = on_device(merged, situation)
             tables = self._relaid(plan, situation.view, tables)
             self._replace(_absorb_program(plan, situation.view)(tables, words), "merge()", plan)
+            if situation.eager:
+                self._note_update()
 
     def reset(self) -> None:
         """The accumulators start afresh."""
         self._require_accumulators("reset")
         with _LOCK:
             tables = self._tables()
-            self._replace(_reset_program(self._plan, self._situation(tables).view)(tables), "reset()")
+            situation = self._situation(tables)
+            if not situation.elsewhere:
+                self._replace(_reset_program(self._plan, situation.view)(tables), "reset()")
+                if situation.eager:
+                    heads.record_of(self).updates = 0
 
-    def _read(self, method: str, fresh: bool) -> Snapshot:
+    def _read(self, method: str, *, fresh: bool, timeout: float | None = None, step: int | None = None) -> Snapshot:
         self._require_accumulators(method)
+        if timeout is not None:
+            self._meet(method, fresh, timeout, step)
         with _LOCK:
             tables = self._tables()
             situation = self._situation(tables)
-            if situation.eager:
-                sharding = _gathered_sharding(tables)
-                words, new = _read_program(self._plan, situation.view, sharding, fresh)(tables)
-            else:
+            gathering = None
+            if not situation.eager:
                 words = _merge_program(self._plan, situation.view)(tables)
                 new = _reset_program(self._plan, situation.view)(tables) if fresh else None
+            elif situation.elsewhere:
+                return self._nothing()
+            elif _is_whole(tables):
+                gathering = Gathering(self._plan, tuple(self._plan.tables))
+                words, new = _read_program(self._plan, situation.view, fresh)(tables)
+            else:
+                gathering = gathering_of(self._plan, self._layout.rows, self._plan.tables, heads.HEAD_WORDS)
+                record, head = self._head(fresh, step)
+                labels = by_process(heads.label(head, gathering, self._layout.rows), self._layout.rows, tables)
+                words, new = _gather_program(self._plan, situation.view, gathering, fresh)(tables, labels)
+                heads.launched(self._layout, record, head)
             if new is not None:
                 self._replace(new, f"{method}()")
-            return Snapshot(self._plan, words, rows=situation.eager)
+            return Snapshot(self._plan, words, gathering)
+
+    def _meet(self, method: str, fresh: bool, timeout: float, step: int | None) -> None:
+        """Wait for the other processes, where there are any, for so many seconds."""
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float | np.number) or not timeout > 0:
+            raise ValueError(f"metrics.{method}(timeout={timeout!r}): a positive number of seconds, or None: no limit.")
+        with _LOCK:
+            tables = self._tables()
+            situation = self._situation(tables)
+            if not situation.eager:
+                raise ValueError(
+                    f"metrics.{method}(timeout=...): in a trace there is nothing to wait for yet.\n"
+                    f"  Leave it out, or call metrics.{method}(timeout=...) outside of jit."
+                )
+            if situation.elsewhere or _is_whole(tables):
+                return
+            _, head = self._head(fresh, step)
+            processes = processes_of(row_sharding(tables).mesh)
+        meeting.meet(head, processes, float(timeout))
+
+    def _head(self, fresh: bool, step: int | None) -> tuple[heads.Record, heads.Head]:
+        record = heads.record_of(self)
+        return record, heads.head_of(self._plan, self._layout, record, jax.process_index(), fresh, step)
+
+    def _nothing(self) -> Snapshot:
+        """What a process sees that owns no devices of the mesh."""
+        return Snapshot(self._plan, identity_words(self._plan))
 
     def _flush_where(self, ends: Any, step: Any, receive: Callable[[Any, Snapshot], None]) -> None:
         """In a trace: a flush at steps that end a window, of which the host is told while the program runs."""
@@ -297,11 +386,11 @@ class DistributedMetrics(nnx.Module):
             view = self._situation(tables).view
             ends = jnp.asarray(ends)  # a step that is known while tracing
 
-            def flushed(tables: rows.Tables) -> rows.Tables:
+            def flushed(tables: Tables) -> Tables:
                 words = _merge_program(plan, view)(one_run(tables))
                 tell = functools.partial(
                     jax.debug.callback,
-                    lambda step, words: receive(step, Snapshot(plan, words, rows=False)),
+                    lambda step, words: receive(step, Snapshot(plan, words)),
                     step,
                     words,
                 )
@@ -320,7 +409,11 @@ class DistributedMetrics(nnx.Module):
         """What is ready once the devices are done with all that was given to the accumulators so far."""
         return list(self._tables().values())
 
-    def _refuse_population(self, method: str, tables: rows.Tables, view: View) -> None:
+    def _processes(self) -> tuple[int, ...]:
+        """The processes that have a part in a flush; all of them where each has an object of its own."""
+        return self._layout.processes or tuple(range(jax.process_count()))
+
+    def _refuse_population(self, method: str, tables: Tables, view: View) -> None:
         if lead := rows.populations(self._plan, view, tables):
             raise ValueError(
                 f"metrics.{method}(): these accumulators are a population, with {lead} dim(s) in front of the rows: "
@@ -329,12 +422,14 @@ class DistributedMetrics(nnx.Module):
                 "[1])(metrics, values)"
             )
 
-    def _situation(self, tables: rows.Tables) -> Situation:
+    def _situation(self, tables: Tables) -> Situation:
         name, table = next(iter(tables.items()))
-        view = look(self._layout, table, rows.table_dims(self._plan, name))
-        return Situation(self._layout, view, not is_traced(table), varying_axes(table) if view.mapped else frozenset())
+        view = look(self._layout, table, table_dims(self._plan, name))
+        eager, processes = not is_traced(table), self._layout.processes
+        elsewhere = eager and bool(processes) and jax.process_index() not in processes
+        return Situation(self._layout, view, eager, elsewhere, varying_axes(table) if view.mapped else frozenset())
 
-    def _tables(self) -> rows.Tables:
+    def _tables(self) -> Tables:
         tables = {name: getattr(self, _attribute(name)).get_raw_value() for name in self._plan.tables}
         if any(
             isinstance(table, jax.Array) and not is_traced(table) and table.is_deleted() for table in tables.values()
@@ -345,7 +440,7 @@ class DistributedMetrics(nnx.Module):
             )
         return tables
 
-    def _replace(self, tables: rows.Tables, method: str, plan: Plan | None = None) -> None:
+    def _replace(self, tables: Tables, method: str, plan: Plan | None = None) -> None:
         try:
             for name, table in tables.items():
                 if hasattr(self, _attribute(name)):
@@ -444,10 +539,7 @@ def _attribute(table: str) -> str:
     return f"{table}_rows"
 
 
-def _gathered_sharding(tables: rows.Tables) -> NamedSharding | None:
-    """How the rows must lie to be fetched: as they are, or in several processes replicated."""
+def _is_whole(tables: Tables) -> bool:
+    """Whether this process can read all rows by itself."""
     sharding = next(iter(tables.values())).sharding
-    if sharding.is_fully_addressable or sharding.is_fully_replicated:
-        return None
-    assert isinstance(sharding, NamedSharding)  # only named shardings span processes here
-    return NamedSharding(sharding.mesh, P())
+    return sharding.is_fully_addressable or sharding.is_fully_replicated

@@ -19,6 +19,7 @@ import numpy as np
 from distributed_metrics import streaming
 from distributed_metrics.accumulators import Count, Sum
 from distributed_metrics.delivery import MOST_WAITING, Background, Delivered, Moment, Total, Window, Written
+from distributed_metrics.heads import OutOfStepError
 from distributed_metrics.metrics import DistributedMetrics
 from distributed_metrics.plan import SEPARATOR, did_you_mean
 from distributed_metrics.snapshot import Snapshot
@@ -37,8 +38,9 @@ class PeriodicFlush:
     writer; where writers cannot keep up, windows are added together, and nothing is dropped. The end of the block waits
     until all is written.
 
-    In several processes all of them make the same calls, and the first one writes. There an error of a writer is
-    logged, the others go on, and it is raised when the block ends.
+    In several processes all of them make the same calls, and the first one writes: of a mesh that some processes own,
+    the first of these; in the others every call does nothing. There an error of a writer is logged, the others go on,
+    and it is raised when the block ends.
 
     Args:
         metrics: the accumulators.
@@ -53,6 +55,9 @@ class PeriodicFlush:
             process. An exception of it stops the run: a later call raises it; in several processes the one that ends
             the next window, in all of them, and for that it waits for the window before. Windows that were added
             together count as one, so keep no state in it.
+        timeout: seconds that a call which ends a window waits for the other processes; None: no limit. See
+            ``DistributedMetrics.flush``: if a process does not come, the call raises ``TimeoutError``, and the window
+            goes on.
 
     Raises:
         TypeError, ValueError: no such metrics; a rate that is no sum or count; something that cannot write.
@@ -80,6 +85,7 @@ class PeriodicFlush:
         prefix: str = "",
         rates: Iterable[str] = (),
         derive: Derive | None = None,
+        timeout: float | None = None,
     ) -> None:
         self._metrics = _require_metrics(metrics)
         if isinstance(every_steps, bool) or not isinstance(every_steps, int | np.integer) or every_steps < 1:
@@ -89,9 +95,12 @@ class PeriodicFlush:
         self._writers: list[MetricWriter] = [as_writer(one) for one in (writers if several else [writers])]
         self._prefix = prefix
         self._rates = _known_rates(metrics, rates)
-        self._derive = derive
-        self._alone = jax.process_count() == 1
-        self._writes = jax.process_index() == 0
+        self._timeout = timeout
+        processes = metrics._processes()
+        self._alone = len(processes) == 1
+        self._writes = jax.process_index() == processes[0]
+        self._elsewhere = jax.process_index() not in processes
+        self._derive = None if self._elsewhere else derive
         self._thread: Background | None = None
         self._closed = False
 
@@ -102,6 +111,7 @@ class PeriodicFlush:
         self._moments: deque[Moment] = deque(maxlen=4 * MOST_WAITING)
         self._stops: list[Exception] = []  # what derive raised: the same in all processes
         self._failures: list[Exception] = []  # what writers raised
+        self._out_of_step: OutOfStepError | None = None
         self._warned = False
 
     # --- the loop ---
@@ -127,6 +137,7 @@ class PeriodicFlush:
             Exception: what a writer or ``derive`` raised in the background.
         """
         self._require_open()
+        self._raise_out_of_step()
         step, last = _host_step(step), self._last_step
         if last is not None and step <= last:
             raise ValueError(
@@ -185,24 +196,45 @@ class PeriodicFlush:
             ended = time.perf_counter()
             self._window.paused += ended - (ended if done.at is None else max(done.at, started))
 
-    def start_epoch(self) -> None:
-        """``total()`` counts from here on. The window that is under way goes on."""
+    def start_epoch(self, seen: Snapshot | None = None) -> None:
+        """``total()`` counts from here on. The window that is under way goes on.
+
+        Args:
+            seen: what the epoch had seen before this run: the restored ``total()`` of a run that was interrupted.
+
+        Raises:
+            ValueError: a snapshot of another spec, or of a population.
+
+        >>> metrics = DistributedMetrics({"loss": "mean"})
+        >>> metrics.update(loss=1.0)
+        >>> saved = metrics.flush().to_dict()
+        >>> with PeriodicFlush(metrics, 10) as flusher:
+        ...     flusher.start_epoch(Snapshot.from_dict(saved))
+        ...     metrics.update(loss=2.0)
+        ...     flusher.total()["loss"]
+        1.5
+        """
         self._require_open()
-        self._window.parts.append(self._metrics.flush())
+        if seen is not None:
+            seen._merged_for(self._metrics._plan, "start_epoch")  # that it fits
+        self._window.parts.append(self._flush())
         self._epoch = Total()
+        if seen is not None:
+            self._epoch.add(seen)
 
     def total(self) -> Snapshot:
         """All that was seen since ``start_epoch()``, or from the beginning; also what no window has yet.
 
         It waits for the devices. In several processes, all call it.
         """
-        return self._epoch.plus(self._metrics.compute())
+        return self._epoch.plus(self._metrics.compute(timeout=self._timeout))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         thread = self._require_open()
-        everywhere = error is None or any(error is stop for stop in self._stops)
+        in_step = error is None and self._out_of_step is None
+        everywhere = in_step or any(error is stop for stop in self._stops)
         try:
             if self._window.steps:
                 if self._alone or everywhere:
@@ -223,7 +255,8 @@ class PeriodicFlush:
                 with self._keeping_errors(writer):
                     writer.flush()
                     writer.close()
-        left = [one for one in itertools.chain(self._stops, self._failures) if one is not error]
+        raised = [] if self._out_of_step is None else [self._out_of_step]
+        left = [one for one in itertools.chain(raised, self._stops, self._failures) if one is not error]
         for one in left[0 if error is not None else 1 :]:
             _LOG.error("PeriodicFlush: in the background", exc_info=one)
         if error is None and left:
@@ -244,8 +277,11 @@ class PeriodicFlush:
             self._stops.append(window.stop)
             raise window.stop
 
+    def _flush(self) -> Snapshot:
+        return self._metrics._read("flush", fresh=True, timeout=self._timeout, step=self._last_step)
+
     def _flush_window(self, thread: Background) -> None:
-        snapshot = self._metrics.flush()
+        snapshot = self._flush()
         window, ended = self._window, Moment(snapshot._arrays())
         self._moments.append(ended)
         window.parts.append(snapshot)
@@ -262,6 +298,11 @@ class PeriodicFlush:
                 break
             self._moments.popleft()
 
+    def _raise_out_of_step(self) -> None:
+        """Every process hears of it, and none may launch another flush."""
+        if self._out_of_step is not None:
+            raise self._out_of_step
+
     def _raise_failure(self) -> None:
         """In one process an error surfaces here; in several, one that raised alone would leave the others waiting."""
         if self._alone:
@@ -277,7 +318,8 @@ class PeriodicFlush:
             return
         try:
             if isinstance(what, Window):
-                if self._derive is not None or (self._writes and self._writers):
+                reads = not self._alone or self._derive is not None or bool(self._writers)  # of many, each reads heads
+                if reads and not self._elsewhere:
                     self._write(what.step, self._numbers_of(what), what.snapshot(), self._prefix)
                     if what.stop is not None and self._alone:
                         self._stops.append(what.stop)
@@ -286,6 +328,8 @@ class PeriodicFlush:
                 self._write(what.step, what.numbers.flatten(), what.numbers, what.prefix)
             elif self._writes:
                 self._write(what.step, dict(_floats(what.numbers)), None, what.prefix)
+        except OutOfStepError as error:
+            self._out_of_step = error
         except Exception as error:
             error.add_note(f"PeriodicFlush: while the numbers of step {what.step} were read.")
             self._failures.append(error)

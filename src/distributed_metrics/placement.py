@@ -1,5 +1,6 @@
 """Where the values of an update lie, and how they are partitioned: the order of decisions is in ``placed``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,14 @@ class Situation:
     Attributes:
         layout, view: of the object, here.
         eager: whether nothing is traced, so that values must be brought to the devices of the mesh.
+        elsewhere: whether it is eager, and this process owns no devices of the mesh.
         rows_vary: the axes over which the types of the rows vary; empty where types do not show it.
     """
 
     layout: Layout
     view: View
     eager: bool
+    elsewhere: bool
     rows_vary: frozenset[str]
 
 
@@ -187,4 +190,21 @@ def _put(array: Value, sharding: NamedSharding) -> jax.Array:
         jax.device_put(array[index], device)
         for device, index in sharding.addressable_devices_indices_map(array.shape).items()
     ]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=array.dtype)
+
+
+def row_sharding(tables: Mapping[str, jax.Array]) -> NamedSharding:
+    """How rows lie that several processes own."""
+    sharding = next(iter(tables.values())).sharding
+    assert isinstance(sharding, NamedSharding)  # only named shardings span processes here
+    return sharding
+
+
+def by_process(label: np.ndarray, rows: int, tables: Mapping[str, jax.Array]) -> jax.Array:
+    """An array ``(rows, *label.shape)`` of which the devices of each process hold its own label."""
+    sharding = row_sharding(tables)
+    spec = next(entry for entry in sharding.spec if entry is not None)
+    by_row = NamedSharding(sharding.mesh, P(spec))
+    shape = (rows, *label.shape)
+    shards = [jax.device_put(label[None], device) for device in by_row.addressable_devices_indices_map(shape)]
+    return jax.make_array_from_single_device_arrays(shape, by_row, shards)

@@ -1,11 +1,10 @@
 """The functional core: rows in, rows out. Everything here is pure, and nothing here knows of nnx.
 
-The state of an object is a few *tables*, one for each merge in use: ``(rows, slots, words)`` float32, without the last
-dim where a slot is one word. The functions named ``_local_*`` see one row, on the device that owns it; ``updated``,
-``fresh`` and ``merged`` bring them to every way of running, which a ``View`` describes.
+The functions named ``_local_*`` see one row of the tables, on the device that owns it; ``updated``, ``fresh``,
+``merged`` and ``gathered`` bring them to every way of running, which a ``View`` describes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,44 +12,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, ShapeDtypeStruct, lax
+from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import compensated, packing
 from distributed_metrics.contributions import Feed, assembled, contributed, is_first
+from distributed_metrics.gathering import Gathering, gathering_of, merge_rows
 from distributed_metrics.merging import Merge, Parts
 from distributed_metrics.plan import Plan
+from distributed_metrics.tables import (
+    Tables,
+    joined_words,
+    parts_of,
+    relaid_parts,
+    row_of,
+    row_shapes,
+    split_words,
+    table_dims,
+)
 from distributed_metrics.view import Layout, View, varying_axes
 
-Tables = dict[str, Array]
-
-
-def table_dims(plan: Plan, table: str) -> int:
-    """How many dims a table has, rows included."""
-    return 2 if plan.tables[table].words == 1 else 3
-
-
-def row_shapes(plan: Plan, tables: Iterable[str] | None = None) -> dict[str, ShapeDtypeStruct]:
-    """The shape and dtype of one row of each table, or of some of them."""
-    shapes = {}
-    for table in sorted(plan.tables if tables is None else tables):
-        words = plan.tables[table].words
-        shape = (plan.slots[table],) if words == 1 else (plan.slots[table], words)
-        shapes[table] = ShapeDtypeStruct(shape, jnp.float32)
-    return shapes
-
+ONE_ROW, MANY_ROWS = "reduced_into_one_row", "reduced_into_the_first_row"
+"""Labels, in the compiled program, of values that XLA reduces because it is not known how they are partitioned."""
 
 # --- one row, on its device ---
-
-
-def parts_of(merge: Merge, row: Any) -> Parts:
-    """The parts of a table (or row, or rows) whose last dim holds the words of a slot."""
-    return (row,) if merge.words == 1 else tuple(row[..., i] for i in range(merge.words))
-
-
-def _row(merge: Merge, parts: Parts) -> Array:
-    return parts[0] if merge.words == 1 else jnp.stack(parts, axis=-1)
 
 
 def _local_fresh(plan: Plan, axes: tuple[str, ...]) -> Tables:
@@ -79,46 +64,17 @@ def _local_follow(plan: Plan, rows: Tables, contribution: dict[str, Parts]) -> T
     after = {}
     for table in sorted(contribution):
         merge = plan.tables[table]
-        after[table] = _row(merge, merge.after(parts_of(merge, rows[table]), contribution[table]))
+        after[table] = row_of(merge, merge.after(parts_of(merge, rows[table]), contribution[table]))
     return after
 
 
-def _local_words(tables: Tables) -> Array:
-    """A row as one flat float32 buffer: the tables in the order of their names."""
-    return packing.pack([tables[table] for table in sorted(tables)])[np.dtype(np.float32)]
-
-
-def split_words(plan: Plan, words: Any, tables: Iterable[str] | None = None) -> dict[str, Any]:
-    """The tables (all, or some) of a buffer ``(..., words)``: arrays ``(..., slots, words of a slot)``."""
-    like = row_shapes(plan, tables)
-    return dict(zip(like, packing.unpack({np.dtype(np.float32): words}, list(like.values())), strict=True))
-
-
-def join_words(plan: Plan, parts: Mapping[str, tuple[Any, ...]], xp: Any) -> Any:
-    """The buffer ``(..., words)`` of tables in parts ``(..., slots)``: NumPy arrays, or traced ones."""
-    flat = []
-    for table, of_table in sorted(parts.items()):
-        words = xp.stack(of_table, axis=-1) if plan.tables[table].words > 1 else of_table[0]
-        flat.append(words.reshape(*of_table[0].shape[:-1], -1))
-    return xp.concatenate(flat, axis=-1)
-
-
-def merged_parts(plan: Plan, words: Any, tables: Iterable[str] | None = None) -> dict[str, Parts]:
-    """The merge over the first dim of a buffer ``(rows, ..., words)``, in parts ``(..., slots)``."""
-    merged = {}
-    for table, rows in split_words(plan, words, tables).items():
-        merge = plan.tables[table]
-        merged[table] = compensated.fold(merge.combine, parts_of(merge, rows), merge.identity)
-    return merged
-
-
 def _local_merged(plan: Plan, axes: tuple[str, ...], row: Tables) -> Array:
-    """The merge of all rows, the same on all devices: one collective."""
-    words = _local_words(row)
+    """The merge of all rows, the same on all devices, as one flat buffer: one collective, or two for large tables."""
     if not axes:
-        return words
-    merged = merged_parts(plan, lax.all_gather(words, axes, to="invarying"), row)
-    return _local_words({table: _row(plan.tables[table], parts) for table, parts in merged.items()})
+        return joined_words(row)
+    gathering = gathering_of(plan, lax.axis_size(axes), row)
+    merged = merge_rows(plan, gathering.open(gathering.gather(axes, row)))
+    return joined_words({table: row_of(plan.tables[table], parts) for table, parts in merged.items()})
 
 
 # --- every way of running ---
@@ -155,7 +111,8 @@ def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, array
     known = [feed for feed in feeds if feed.known]
     unknown = [feed for feed in feeds if not feed.known]
     # A value whose partition is not known is reduced by XLA, to the size of an accumulator; the first row counts it.
-    outer = contributed(plan, unknown, [feed.take(arrays) for feed in unknown], (), (), split=False)
+    with jax.named_scope(MANY_ROWS if view.global_axes else ONE_ROW):
+        outer = contributed(plan, unknown, [feed.take(arrays) for feed in unknown], (), view.mapped, split=False)
     touched = plan.tables_of(member for feed in feeds for member in feed.metrics)
 
     def local(rows: Tables, given: Sequence[Sequence[Array]], outer_fields: Sequence[dict[str, Parts]]) -> Tables:
@@ -183,7 +140,7 @@ def _resharded(view: View, array: Array, spec: P) -> Array:
 
 def _merged_over(plan: Plan, axes: tuple[str, ...], contribution: dict[str, Parts]) -> dict[str, Parts]:
     """The contributions of devices that share a row, as one."""
-    tables = {table: _row(plan.tables[table], parts) for table, parts in contribution.items()}
+    tables = {table: row_of(plan.tables[table], parts) for table, parts in contribution.items()}
     merged = split_words(plan, _local_merged(plan, axes, tables), tables)
     return {table: parts_of(plan.tables[table], row) for table, row in merged.items()}
 
@@ -219,33 +176,6 @@ def reset(plan: Plan, view: View, tables: Tables) -> Tables:
     )
 
 
-def relaid_parts(old: Plan, new: Plan, parts: Mapping[str, Parts], xp: Any) -> dict[str, Parts]:
-    """The slots ``(..., slots)`` of one plan in the order of another, whose metrics have learnt more fields.
-
-    Args:
-        old, new: plans of the same metrics.
-        parts: the tables of ``old``.
-        xp: ``numpy`` or ``jax.numpy``.
-    """
-    lead = next(iter(parts.values()))[0].shape[:-1]
-    relaid: dict[str, list[Parts]] = {table: [] for table in new.tables}
-    for group in new.groups:
-        for name, field in group.fields.items():
-            for i in group.members:
-                before = old.group_of[i]
-                place = before.fields.get(name)
-                if place is not None and (place.merge.name, place.shape) == (field.merge.name, field.shape):
-                    start = place.start + before.members.index(i) * place.size
-                    words = tuple(part[..., start : start + field.size] for part in parts[place.merge.name])
-                else:
-                    words = tuple(xp.full((*lead, field.size), one, xp.float32) for one in field.merge.identity)
-                relaid[field.merge.name].append(words)
-    return {
-        table: tuple(xp.concatenate(part, axis=-1) for part in zip(*words, strict=True))
-        for table, words in relaid.items()
-    }
-
-
 def relaid(old: Plan, new: Plan, view: View, tables: Tables) -> Tables:
     """The rows of one plan as those of another, whose metrics have learnt more fields."""
 
@@ -253,7 +183,7 @@ def relaid(old: Plan, new: Plan, view: View, tables: Tables) -> Tables:
         given = {table: parts_of(old.tables[table], row) for table, row in rows.items()}
         parts = relaid_parts(old, new, given, jnp)
         varying = varying_axes(next(iter(rows.values())))
-        return {table: _varying(_row(new.tables[table], of_table), varying) for table, of_table in parts.items()}
+        return {table: _varying(row_of(new.tables[table], of_table), varying) for table, of_table in parts.items()}
 
     return _over_populations(old, view, _on_rows(view, local, P(view.spread), P(view.spread)), tables)
 
@@ -262,6 +192,22 @@ def _varying(row: Array, axes: frozenset[str]) -> Array:
     """A row whose type varies over ``axes``, as those of all rows in a program do."""
     missing = tuple(axes - varying_axes(row))
     return lax.pcast(row, missing, to="varying") if missing else row
+
+
+def gathered(plan: Plan, view: View, gathering: Gathering, tables: Tables, labels: Array) -> Array:
+    """The buffer of a gathering ``(..., rows, width)``, on all devices: what an eager flush of many processes keeps.
+
+    Args:
+        plan, view, tables: of the object.
+        gathering: of these tables.
+        labels: ``(rows, words)``: what the process that owns a row says of it.
+    """
+
+    def local(rows: Tables, labels: Array) -> Array:
+        return gathering.gather(view.spread, _rowless(view, rows), labels[0])
+
+    mapped = _on_rows(view, local, (P(view.spread), P(view.spread)), P())
+    return _over_populations(plan, view, lambda tables: mapped(tables, labels), tables)
 
 
 def unmerged(plan: Plan, view: View, tables: Tables) -> Array:

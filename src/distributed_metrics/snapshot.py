@@ -9,11 +9,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import portable
+from distributed_metrics import heads, portable
 from distributed_metrics.accumulators import Histogram
+from distributed_metrics.gathering import Gathering, merge_rows
 from distributed_metrics.merging import Numbers, Parts
 from distributed_metrics.plan import NONFINITE, SEPARATOR, Group, Plan, did_you_mean, show_path
-from distributed_metrics.rows import join_words, merged_parts, parts_of, relaid_parts, split_words
+from distributed_metrics.tables import join_words, parts_of, relaid_parts, split_words
 from distributed_metrics.view import is_traced
 
 Number = float | np.ndarray | jax.Array
@@ -49,13 +50,13 @@ class Snapshot(Mapping[str, Any]):
     {'train/loss': 2.0, 'train/reward/mean': 4.0, 'train/reward/max': 6.0}
     """
 
-    __slots__ = ("_merged", "_plan", "_results", "_rows", "_words")
+    __slots__ = ("_gathering", "_merged", "_plan", "_results", "_words")
 
-    def __init__(self, plan: Plan, words: Any, rows: bool):
-        """Not for users: ``words`` is ``(..., words)``, or ``(..., rows, words)`` where ``rows`` is True."""
+    def __init__(self, plan: Plan, words: Any, gathering: Gathering | None = None):
+        """Not for users: ``words`` is ``(..., words)`` of merged tables, or ``(..., rows, width)`` of a gathering."""
         self._plan = plan
         self._words: Any = words
-        self._rows = rows
+        self._gathering = gathering
         self._merged: dict[str, Numbers] | None = None
         self._results: list[Any] | None = None
 
@@ -227,7 +228,7 @@ class Snapshot(Mapping[str, Any]):
                 or of another shape than its spec says.
         """
         plan, parts = portable.from_dict(d)
-        return Snapshot(plan, join_words(plan, parts, np), rows=False)
+        return Snapshot(plan, join_words(plan, parts, np))
 
     def _host_parts(self) -> dict[str, Parts]:
         """Each table merged, in words ``(..., slots)``, on the host."""
@@ -246,8 +247,7 @@ class Snapshot(Mapping[str, Any]):
                 f"metrics.{method}(): the snapshot is of another spec. The accumulators first, the snapshot second:\n"
                 f"{error}"
             ) from error
-        lead = np.shape(self._words)[: -2 if self._rows else -1]
-        if lead:
+        if lead := self._lead():
             raise ValueError(
                 f"metrics.{method}(): the snapshot is of a population, or of stacked windows: {lead} in front of its "
                 f"results.\n  Take one: metrics.{method}(jax.tree.map(lambda x: x[0], snapshot))"
@@ -262,7 +262,7 @@ class Snapshot(Mapping[str, Any]):
             return self
         xp = jnp if is_traced(self._words) else np
         parts = self._merged_parts() if is_traced(self._words) else self._host_parts()
-        return Snapshot(plan, join_words(plan, relaid_parts(self._plan, plan, parts, xp), xp), rows=False)
+        return Snapshot(plan, join_words(plan, relaid_parts(self._plan, plan, parts, xp), xp))
 
     def __add__(self, other: Any) -> "Snapshot":
         """Both windows together: what one would have been told of a window that spans the two.
@@ -280,7 +280,7 @@ class Snapshot(Mapping[str, Any]):
             ) from error
         if plan is not self._plan or plan is not other._plan:
             return self._as_of(plan) + other._as_of(plan)
-        shapes = [np.shape(one._words)[: -2 if one._rows else -1] for one in (self, other)]
+        shapes = [self._lead(), other._lead()]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"Snapshot + Snapshot: the left one has the leading dims {shapes[0]}, the right one {shapes[1]}.\n"
@@ -290,13 +290,13 @@ class Snapshot(Mapping[str, Any]):
         if is_traced(self._words) or is_traced(other._words):
             in_trace, added = self._merged_parts(), other._merged_parts()
             parts = {table: merges[table].after(in_trace[table], added[table]) for table in merges}
-            return Snapshot(self._plan, join_words(self._plan, parts, jnp), rows=False)
+            return Snapshot(self._plan, join_words(self._plan, parts, jnp))
         mine, theirs = self._tables(), other._tables()
         with np.errstate(invalid="ignore"):  # inf - inf
             words = {
                 table: merges[table].split(merges[table].after_numbers(mine[table], theirs[table])) for table in mine
             }
-        return Snapshot(self._plan, join_words(self._plan, words, np), rows=False)
+        return Snapshot(self._plan, join_words(self._plan, words, np))
 
     def __radd__(self, other: Any) -> "Snapshot":
         """``sum(snapshots)`` starts from 0."""
@@ -318,13 +318,21 @@ class Snapshot(Mapping[str, Any]):
         if i is None:
             known = [metric.name for metric in self._plan.metrics]
             raise KeyError(f"{name!r}: this snapshot has {', '.join(map(repr, known))}.{did_you_mean(name, known)}")
-        if not self._rows:
+        if self._gathering is None:
             raise ValueError(
                 f"Snapshot.per_device({name!r}): made in a trace, or a sum of snapshots: the rows are merged.\n"
                 "  Call compute() or flush() outside of jit to keep them; a sum of snapshots has none either."
             )
         tables = self._host_rows()
         group = self._plan.group_of[i]
+        if merged := sorted({field.merge.name for field in group.fields.values()} & set(self._gathering.merged)):
+            slots = max(self._plan.slots[table] for table in merged)
+            raise ValueError(
+                f"Snapshot.per_device({name!r}): what is as large as this, with {slots} slots on each device, is "
+                "merged on its way between processes: there is no row for each device.\n"
+                "  Keep what you want by device in an object of its own: DistributedMetrics({"
+                f"{self._plan.metrics[i].value!r}: ...}}, mesh=mesh)"
+            )
         results = _results_of(group, tables, np)
         lead = next(iter(tables.values()))[0].ndim - 1
         return results[(slice(None),) * lead + (group.members.index(i),)]
@@ -340,11 +348,23 @@ class Snapshot(Mapping[str, Any]):
 
     # --- from words to results ---
 
+    def _lead(self) -> tuple[int, ...]:
+        """The dims that ``vmap`` or ``scan`` put in front of the results."""
+        return np.shape(self._words)[: -1 if self._gathering is None else -2]
+
     def _host_rows(self) -> dict[str, Numbers]:
-        """Each table in float64 numbers ``(..., rows, slots)``, or ``(..., slots)`` where rows are merged. One copy."""
+        """Each table in float64 numbers ``(..., rows, slots)``, or ``(..., slots)`` where rows are merged. One copy.
+
+        Raises:
+            OutOfStepError: what was gathered is not of one flush of all processes.
+        """
         if isinstance(self._words, jax.Array):
             self._words = jax.device_get(self._words)
-        tables = split_words(self._plan, self._words)
+        if self._gathering is None:
+            tables = split_words(self._plan, self._words)
+        else:
+            heads.require_one_flush(self._gathering, self._words)
+            tables = self._gathering.open(self._words)
         merges = self._plan.tables
         return {name: merges[name].widen(parts_of(merges[name], table)) for name, table in tables.items()}
 
@@ -356,7 +376,7 @@ class Snapshot(Mapping[str, Any]):
                 self._merged = {table: merges[table].narrow(parts) for table, parts in self._merged_parts().items()}
             else:
                 tables = self._host_rows()
-                if self._rows:
+                if self._gathering is not None:
                     with np.errstate(invalid="ignore"):  # inf - inf
                         tables = {name: merges[name].merge_rows(numbers, axis=-2) for name, numbers in tables.items()}
                 self._merged = tables
@@ -364,14 +384,16 @@ class Snapshot(Mapping[str, Any]):
 
     def _merged_parts(self) -> dict[str, Parts]:
         """Each table merged, in words, in a trace."""
-        if self._rows:
-            words = self._words
-            mesh = jax.typeof(words).sharding.mesh
-            if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-                words = jax.sharding.reshard(words, NamedSharding(mesh, P()))  # rows on devices are not sliced
-            return merged_parts(self._plan, jnp.moveaxis(words, -2, 0))
-        tables = split_words(self._plan, self._words)
-        return {name: parts_of(self._plan.tables[name], table) for name, table in tables.items()}
+        if self._gathering is None:
+            tables = split_words(self._plan, self._words)
+            return {name: parts_of(self._plan.tables[name], table) for name, table in tables.items()}
+        words = self._words
+        mesh = jax.typeof(words).sharding.mesh
+        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+            words = jax.sharding.reshard(words, NamedSharding(mesh, P()))  # rows on devices are not sliced
+        rows = np.ndim(words) - 2
+        opened = {name: jnp.moveaxis(table, rows, 0) for name, table in self._gathering.open(words).items()}
+        return merge_rows(self._plan, opened)
 
     def _result(self, i: int) -> Any:
         """The result of the i-th metric of the plan; with it, those of all of its group."""
@@ -457,11 +479,11 @@ class _ByFlatName(dict[str, Any]):
         raise KeyError(f"{name!r}: this snapshot has {', '.join(map(repr, self))}.{did_you_mean(str(name), self)}")
 
 
-def _flatten(snapshot: Snapshot) -> tuple[tuple[Any], tuple[Plan, bool]]:
-    return (snapshot._words,), (snapshot._plan, snapshot._rows)
+def _flatten(snapshot: Snapshot) -> tuple[tuple[Any], tuple[Plan, Gathering | None]]:
+    return (snapshot._words,), (snapshot._plan, snapshot._gathering)
 
 
-def _unflatten(static: tuple[Plan, bool], children: Any) -> Snapshot:
+def _unflatten(static: tuple[Plan, Gathering | None], children: Any) -> Snapshot:
     return Snapshot(static[0], children[0], static[1])
 
 

@@ -19,8 +19,8 @@ from distributed_metrics.contributions import Feed, Source, contributed
 from distributed_metrics.merging import Parts
 from distributed_metrics.metrics import DistributedMetrics
 from distributed_metrics.plan import Plan
-from distributed_metrics.rows import join_words
 from distributed_metrics.snapshot import Snapshot
+from distributed_metrics.tables import join_words
 
 _SIZES = (5, 3, 5, 3, 5, 3)
 """Of the batches that are made here: uneven, of two sizes, since each size is a program to compile, and 24 elements in
@@ -241,7 +241,7 @@ class _Subject:
 def _as_rows(snapshots: Sequence[Snapshot]) -> Snapshot:
     """Snapshots of one row each, as the rows of one object."""
     words = np.concatenate([np.asarray(one._words) for one in snapshots], axis=-2)
-    return Snapshot(snapshots[0]._plan, words, rows=True)
+    return Snapshot(snapshots[0]._plan, words, snapshots[0]._gathering)
 
 
 def _dealt(batches: Sequence[_Elements], rows: int) -> list[Sequence[_Elements]]:
@@ -326,7 +326,7 @@ def _types(metrics: DistributedMetrics) -> dict[str, str]:
 
 @jax.jit
 def _merged_in_trace(snapshot: Snapshot) -> Snapshot:
-    return Snapshot(snapshot._plan, join_words(snapshot._plan, snapshot._merged_parts(), jnp), rows=False)
+    return Snapshot(snapshot._plan, join_words(snapshot._plan, snapshot._merged_parts(), jnp))
 
 
 @jax.jit

@@ -5,6 +5,7 @@ devices (``shard_map``, ``pmap``) does just that; code with a global view (eager
 A ``View`` says which of the two, and over which axes.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +35,9 @@ class Layout:
         return axes_size(self.mesh, self.axes) if self.mesh is not None else 1
 
     @property
-    def row_spec(self) -> PartitionSpec:
-        """The partition of the leading dim of every accumulator."""
-        return PartitionSpec(self.axes)
+    def processes(self) -> tuple[int, ...]:
+        """The processes that own devices of the mesh; empty where there is none, or where only its shape is known."""
+        return processes_of(self.mesh) if isinstance(self.mesh, Mesh) else ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,17 @@ class View:
 
     @property
     def global_axes(self) -> tuple[str, ...]:
-        """The axes of the ``shard_map`` that a global view enters; empty where there is none to enter."""
-        return self.spread + self.others if self.spread else ()
+        """The axes of the ``shard_map`` that a global view enters; empty where there is none to enter.
+
+        Code that is mapped over all axes of the rows has a global view of the others, along which rows are copies.
+        """
+        return self.spread + self.others if self.spread or self.mapped else ()
+
+
+@functools.lru_cache(maxsize=1024)
+def processes_of(mesh: Mesh) -> tuple[int, ...]:
+    """The processes that own devices of a mesh."""
+    return tuple(sorted({device.process_index for device in mesh.devices.flat}))
 
 
 def axes_size(mesh: AnyMesh, axes: Iterable[str]) -> int:
@@ -181,7 +191,7 @@ def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) ->
         )
     others = tuple(axis for axis in context.axis_names if axis not in manual and axis not in spread)
     kinds = [kind for axis, kind in zip(context.axis_names, context.axis_types, strict=True) if axis not in manual]
-    return View(mapped, spread, None, others, bool(spread) and all(kind == AxisType.Explicit for kind in kinds))
+    return View(mapped, spread, None, others, bool(kinds) and all(kind == AxisType.Explicit for kind in kinds))
 
 
 def _mesh_of(rows: Any, layout: Layout) -> AnyMesh:

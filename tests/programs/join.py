@@ -1,11 +1,12 @@
-"""Joins this process to the others: python PROGRAM RANK PROCESSES PORT, each with two devices."""
+"""Joins this process to the others: python PROGRAM RANK PROCESSES PORT ..., each with DEVICES devices."""
 
 import os
 import sys
 
-rank, processes, port = map(int, sys.argv[1:])
+rank, processes, port = map(int, sys.argv[1:4])
+devices = int(os.environ.setdefault("DEVICES", "2"))
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_collective_timeout_seconds=20"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_timeout_seconds=20"
 
 import jax
 

@@ -414,7 +414,7 @@ def _own_merge(metric: Any, learnt: Learnt) -> Merge:
     digest = hashlib.sha256(json.dumps(describe(learnt)).encode()).hexdigest()[:8]  # the same in all processes
     name = f"clu {metric.__module__}.{metric.__qualname__} {digest}"
     return Merge(name, (Number("leaves"),), on_device("_reduce_merge"), on_host("_reduce_merge"),
-                 follow=on_device("merge"), follow_numbers=on_host("merge"))  # fmt: skip
+                 follow=on_device("merge"), follow_numbers=on_host("merge"), by_slot=False)  # fmt: skip
 
 
 def is_metric_class(what: Any) -> bool:
