@@ -24,6 +24,8 @@ bench: $(VENV)/ready
 	$(RUN)/python benchmarks/update.py --devices 1
 	$(RUN)/python benchmarks/kinds.py
 	$(RUN)/python benchmarks/service.py
+	$(RUN)/python benchmarks/train_step.py
+	$(RUN)/python benchmarks/scaling.py
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is $(TAG): make PYTHON=python3.12 ...")'

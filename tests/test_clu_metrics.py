@@ -130,8 +130,7 @@ def test_the_table_has_every_class_that_metrax_and_clu_export():
 
 @pytest.mark.parametrize(
     ("module", "name", "outputs", "explicit"),
-    [(*case, False) for case in WORKING[::2]]
-    + [pytest.param(*case, False, marks=pytest.mark.slow) for case in WORKING[1::2]]
+    [pytest.param(*case, False, marks=() if i % 4 == 0 else pytest.mark.slow) for i, case in enumerate(WORKING)]
     + [pytest.param(*case, True, marks=pytest.mark.slow) for case in WORKING[::4]],
     ids=lambda x: x if isinstance(x, str | bool) else "",
 )

@@ -9,7 +9,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name == "migrating.md" else ()) for page in PAGES],
+)
 def test_every_python_block_runs(page, capsys):
     namespace: dict[str, object] = {}
     text = page.read_text()

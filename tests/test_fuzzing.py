@@ -388,7 +388,7 @@ RULES = (*UPDATES, *READS, "add", "save", "JSON", "arrays", "read later", "go on
 
 @pytest.mark.parametrize(
     ("ways", "histories", "steps", "refused"),
-    [(FEW, 70, 1000, ()), pytest.param(tuple(OFFERED), 170, 3000, tuple(BAD), marks=pytest.mark.slow)],
+    [(FEW, 40, 500, ()), pytest.param(tuple(OFFERED), 150, 2500, tuple(BAD), marks=pytest.mark.slow)],
     ids=["few ways", "all ways"],
 )
 def test_any_history_gives_what_numpy_gives_of_all_that_was_seen(ways, histories, steps, refused):

@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_metrics import Accumulator, Histogram, Last, Mean, Quantile, Ratio, Std, Sum
+from distributed_metrics import Accumulator, Histogram, Last, Mean, Quantile, Ratio, Std, Sum, Var
 from distributed_metrics.accumulators import BY_NAME
 from distributed_metrics.merging import MERGES, Merge, Number
 from distributed_metrics.testing import check_accumulator
 
 OURS = [
-    *(kind() for name, kind in BY_NAME.items() if name != "std"),
+    *(kind() for name, kind in BY_NAME.items() if name not in ("var", "std")),
+    pytest.param(Var(), marks=pytest.mark.slow, id="var"),
     pytest.param(Std(ddof=1), marks=pytest.mark.slow, id="std"),
     pytest.param(Mean(shape=(3, 2)), marks=pytest.mark.slow, id="mean[3, 2]"),
     Histogram((0.0, 0.5, 1.0, 2.0, 8.0)),
-    Quantile((0.1, 0.9), relative_error=0.3),
+    pytest.param(Quantile((0.1, 0.9), relative_error=0.3), marks=pytest.mark.slow, id="quantile (0.1, 0.9) to 0.3"),
 ]
 
 

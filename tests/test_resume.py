@@ -163,6 +163,7 @@ def uninterrupted(tmp_path_factory):
     return lines_of_epochs(directory)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_twice_has_the_numbers_of_one_that_was_not(interrupted, uninterrupted):
     of_epoch = {line["epoch"]: line for line in uninterrupted}
     assert len(of_epoch) == len(uninterrupted)
@@ -174,6 +175,7 @@ def test_a_run_that_was_killed_twice_has_the_numbers_of_one_that_was_not(interru
             assert value == pytest.approx(expected[name], rel=tolerance, abs=0), (name, line, expected)
 
 
+@pytest.mark.slow
 def test_what_does_not_depend_on_the_model_is_what_numpy_says(interrupted):
     pixels = load_digits().data / 16
     bins = np.histogram(pixels, (0.0, 0.25, 0.5, 0.75, 1.0))[0]
@@ -183,6 +185,7 @@ def test_what_does_not_depend_on_the_model_is_what_numpy_says(interrupted):
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=2**-47, abs=0)
 
 
+@pytest.mark.slow
 def test_each_process_goes_on_from_the_last_whole_checkpoint_with_its_devices(interrupted):
     first_lines = [printed.splitlines()[0] for printed in interrupted.printed]
     starts = [0, *interrupted.whole]
@@ -191,6 +194,7 @@ def test_each_process_goes_on_from_the_last_whole_checkpoint_with_its_devices(in
     assert all(start % STEPS for start in interrupted.whole), "not at the end of an epoch, where metrics are empty"
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(interrupted):
     assert interrupted.partial[1] == interrupted.whole[1] + SAVE_EVERY
 

@@ -38,7 +38,7 @@ def test_bytes_and_memory_of_a_device_do_not_grow_with_the_number_of_devices():
     assert few["all"]["bytes of state on a device"] == state > 300_000
     for of in (few, many):
         assert of["all"]["bytes sent by a device"] < 1.2 * state
-        assert of["all"]["temporary bytes on a device"] < 2.5 * state, "all rows together are 512 times the state"
+        assert of["all"]["temporary bytes on a device"] < 3 * state, "all rows together are 512 times the state"
 
 
 SLOTS = 37  # not divisible by the devices

@@ -2,8 +2,8 @@
 
 Rows are small as a rule: every device gets all of them, by one ``all_gather``. A table that is too large for that is
 merged on the way: an ``all_to_all`` brings each device one part of the slots, of all rows; it merges those, and the
-merged parts travel with the rows of the small tables. Memory per device is then about twice the state, however many
-devices there are.
+merged parts travel with the rows of the small tables. Memory per device is then two to three times the state, however
+many devices there are.
 """
 
 from collections.abc import Iterable

@@ -22,7 +22,7 @@ from distributed_metrics import DistributedMetrics, Mean, Quantile
 
 SPECS: dict[str, dict[str, Any]] = {
     "scalars": {"loss": ("mean", "max", "min", "count"), "tokens": "ratio"},
-    "all": {"norms": Mean(shape=(10_000,)), "x": Quantile((0.5, 0.99)), "loss": ("mean", "std", "last", "max")},
+    "all": {"norms": Mean(shape=(10_000,)), "x": Quantile((0.5, 0.99)), "loss": ("mean", "max")},
 }
 mesh = jax.make_mesh((devices,), ("data",))
 
