@@ -1,6 +1,7 @@
 """What a compiled program sends: so that a test can hold a train step to it."""
 
 import collections
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -123,10 +124,15 @@ def _advice(sent: Sent) -> list[str]:
         ]
     if sent.values:
         return _spec_advice(sent)
-    if sent.functions:
+    if sent.functions and sent.functions[-1] != "DistributedMetrics.update":
         call = sent.functions[-1].removeprefix("DistributedMetrics.")  # the outermost
         return [f"It is what {call}() sends; spec= would not change it."]
-    return ["It is not sent by the metrics: spec= would not change it."]
+    if sent.where and not sent.functions:
+        return ["It is not sent by the metrics: spec= would not change it."]
+    return [
+        "Nothing shows what it is for. If it is a value of an update, or the weight of one, say how the value lies:",
+        '  metrics.update(..., spec={"name": P(...)})',
+    ]
 
 
 def _spec_advice(sent: Sent) -> list[str]:
@@ -141,11 +147,13 @@ def _spec_advice(sent: Sent) -> list[str]:
     as_one = sorted({found[1].name for found in found_of.values() if found})
     condition = f"If it lies as {' and '.join(as_one)}, say so" if as_one else "Say how it lies"
     return [
-        f"On Auto axes JAX does not show how it lies. {condition}, and nothing is sent:",
+        f"On Auto axes JAX does not show how it lies. {condition}, and it is not moved:",
         f"  metrics.update(..., spec={_nested_code(specs)})",
     ]
 
 
 def _nested_code(specs: Mapping[str, Any]) -> str:
-    inside = (f'"{name}": {one if isinstance(one, str) else _nested_code(one)}' for name, one in specs.items())
+    inside = (
+        f"{json.dumps(name)}: {one if isinstance(one, str) else _nested_code(one)}" for name, one in specs.items()
+    )
     return "{" + ", ".join(inside) + "}"

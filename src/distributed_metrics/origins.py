@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from distributed_metrics import hlo
 from distributed_metrics.rows import ONE_ROW
 
-_SCOPE = re.compile(r"update(\{.*?\})")
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_SCOPE = re.compile(rf"update(\{{(?:{_QUOTED}: \([\d, ]*\)(?:, )?)+\}})")  # names may hold braces
 _PACKAGE = pathlib.Path(__file__).parent
 _LIBRARIES = tuple(str(pathlib.Path(module.__file__ or "").parent) for module in (flax, jax))
 _PASSING = re.compile(
