@@ -1,0 +1,72 @@
+"""Two-float arithmetic is exact, whatever a compiler knows of the numbers."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distributed_metrics import compensated
+
+LARGE, SMALL = np.float32(2**24 + 2), np.float32(0.3)
+NUMBERS = {"large": LARGE, "small": SMALL, "negative": -LARGE, "tiny": np.float32(1e-30)}
+
+
+def exact(*numbers):
+    return sum((Fraction(float(number)) for number in numbers), Fraction(0))
+
+
+def traced(function, a, b, constant):
+    """``function(a, b)`` compiled where XLA sees one of the numbers, or none, or both."""
+    a, b = np.full(3, a), np.full(3, b)
+    if constant == "first":
+        return jax.jit(lambda b: function(jnp.asarray(a), b))(b)
+    if constant == "second":
+        return jax.jit(lambda a: function(a, jnp.asarray(b)))(a)
+    if constant == "both":
+        return jax.jit(lambda: function(jnp.asarray(a), jnp.asarray(b)))()
+    return jax.jit(function)(a, b)
+
+
+@pytest.mark.parametrize("constant", ["none", "first", "second", "both"])
+@pytest.mark.parametrize("b", NUMBERS)
+@pytest.mark.parametrize("a", NUMBERS)
+def test_a_sum_of_two_floats_is_exact_also_where_one_is_a_constant(a, b, constant):
+    a, b = NUMBERS[a], NUMBERS[b]
+    total, error = traced(compensated.two_sum, a, b, constant)
+    assert exact(total[0], error[0]) == exact(a, b)
+    high, low = traced(lambda a, b: compensated.add((a, 0 * a), (b, 0 * b)), a, b, constant)
+    assert exact(high[0], low[0]) == exact(a, b)
+    if abs(a) >= abs(b):
+        high, low = traced(compensated._normalized, a, b, constant)
+        assert exact(high[0], low[0]) == exact(a, b)
+
+
+@pytest.mark.parametrize("constant", ["none", "first", "second", "both"])
+def test_a_product_of_two_floats_is_exact_also_where_one_is_a_constant(constant):
+    high, low = traced(lambda a, b: compensated.multiply((a, 0 * a), (b, 0 * b)), SMALL, np.float32(0.7), constant)
+    assert exact(high[0], low[0]) == Fraction(float(SMALL)) * Fraction(float(np.float32(0.7)))
+
+
+@pytest.mark.parametrize("constants_first", [True, False])
+def test_a_batch_of_numbers_and_constants_is_summed_to_all_digits(constants_first):
+    x = np.random.default_rng(0).random(128).astype(np.float32)
+    known = np.full(128, LARGE)
+
+    def total(x):
+        both = [jnp.asarray(known), x] if constants_first else [x, jnp.asarray(known)]
+        return compensated.tree_sum(compensated.pair_of(jnp.concatenate(both)), 1)
+
+    high, low = jax.jit(total)(x)
+    assert abs(exact(high, low) / exact(*x, *known) - 1) < 2**-44
+
+
+@pytest.mark.parametrize("a", [np.inf, -np.inf, np.nan, np.float32(3e38)])
+def test_what_is_not_finite_has_no_error_term(a):
+    for b in (1.0, np.inf, 3e38):
+        for function in (compensated.two_sum, compensated._normalized):
+            total, error = jax.jit(function)(jnp.float32(a), jnp.float32(b))
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.testing.assert_equal(np.asarray(total), np.float32(a) + np.float32(b))
+            assert np.isfinite(total) or error == 0
