@@ -187,7 +187,7 @@ def test_rates_are_per_second_of_results_without_the_first_window_and_pauses():
     assert "steps_per_sec" not in memory.written[0][1]
     assert "tokens/sum_per_sec" not in memory.written[0][1]
     for rate in memory["steps_per_sec"][1:]:
-        assert 15 < rate < 101  # with the pause: below 5
+        assert 15 < rate < 120  # with the pause: below 5
     for rate, steps in zip(memory["tokens/sum_per_sec"][1:], memory["steps_per_sec"][1:], strict=True):
         assert rate == pytest.approx(100 * steps)
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import distributed_metrics.eager
 import distributed_metrics.metrics
 from distributed_metrics import DistributedMetrics, count_collectives
 
@@ -153,18 +154,21 @@ def only(spec: P, manual: set[str]) -> P:
 def run_eagerly(call: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """An eager update is one compiled program as well: it is counted when it is called."""
     counted: collections.Counter[str] = collections.Counter()
-    program_of = distributed_metrics.metrics._update_program
+    quick, careful = distributed_metrics.eager._program, distributed_metrics.metrics._update_program
 
-    def counting(*static):
-        program = program_of(*static)
-
+    def counting(program):
         def counted_program(*args):
             counted.update(count_collectives(program, *args))
             return program(*args)
 
         return counted_program
 
-    monkeypatch.setattr(distributed_metrics.metrics, "_update_program", counting)
+    def quick_counting(*static):
+        program = quick(*static)
+        return program and program._replace(run=counting(program.run))
+
+    monkeypatch.setattr(distributed_metrics.eager, "_program", quick_counting)
+    monkeypatch.setattr(distributed_metrics.metrics, "_update_program", lambda *static: counting(careful(*static)))
     call()
     return dict(counted)
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import distributed_metrics.snapshot
 from distributed_metrics import DistributedMetrics, Mean, Snapshot
 from ways import make_mesh
 
@@ -128,8 +129,8 @@ def test_compute_changes_nothing_flush_and_reset_start_afresh(metrics):
 
 def test_a_snapshot_is_fetched_lazily_and_in_one_copy(metrics, monkeypatch):
     copies = []
-    fetch = jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda x: (copies.append(x), fetch(x))[1])
+    fetch = distributed_metrics.snapshot.on_host
+    monkeypatch.setattr(distributed_metrics.snapshot, "on_host", lambda x: (copies.append(x), fetch(x))[1])
     snapshot = metrics.flush()
     assert copies == []
     snapshot.flatten(), snapshot["train"], snapshot.count["loss"], snapshot.per_device("loss")

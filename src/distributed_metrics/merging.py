@@ -89,11 +89,14 @@ class Merge:
 
     def merge_rows(self, numbers: Numbers, axis: int) -> Numbers:
         """The merge along one axis of float64 arrays, on the host, neighbours first."""
+        if numbers[0].shape[axis] == 1:
+            return tuple(number.squeeze(axis) for number in numbers)
         numbers = tuple(np.moveaxis(number, axis, 0) for number in numbers)
         while (n := len(numbers[0])) > 1:
             merged = self.combine_numbers(tuple(x[: n - 1 : 2] for x in numbers), tuple(x[1::2] for x in numbers))
-            odd = tuple(x[n - n % 2 :] for x in numbers)
-            numbers = tuple(np.concatenate(both) for both in zip(merged, odd, strict=True))
+            if n % 2:
+                merged = tuple(np.concatenate(both) for both in zip(merged, (x[-1:] for x in numbers), strict=True))
+            numbers = merged
         return tuple(number[0] for number in numbers)
 
     def after(self, earlier: Parts, later: Parts) -> Parts:

@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from distributed_metrics import heads, meeting, reducers, rows
+from distributed_metrics import eager, heads, meeting, reducers, rows
 from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
 from distributed_metrics.contributions import Feed
 from distributed_metrics.gathering import Gathering, gathering_of
-from distributed_metrics.placement import Situation, by_process, on_device, row_sharding
-from distributed_metrics.plan import Plan, learnt_plan, parse
+from distributed_metrics.placement import Situation, by_process, on_device, row_sharding, situation_of
+from distributed_metrics.plan import Plan, learnt_plan, parse, variable_of
 from distributed_metrics.snapshot import Snapshot
 from distributed_metrics.tables import Tables, identity_words, table_dims
 from distributed_metrics.values import by_name, feeds_of, keywords_of, named_values
@@ -25,11 +25,9 @@ from distributed_metrics.view import (
     Layout,
     View,
     is_traced,
-    look,
     make_layout,
     mapped_axes,
     processes_of,
-    varying_axes,
 )
 
 _LOCK = threading.RLock()
@@ -155,7 +153,7 @@ class DistributedMetrics(nnx.Module):
         self._layout = make_layout(mesh, axis_name) if self._plan.metrics else Layout(None, ())
         tables = _fresh_program(self._plan, self._layout)() if self._plan.metrics else {}
         for name, table in tables.items():
-            setattr(self, _attribute(name), self._variable(table))
+            setattr(self, variable_of(name), self._variable(table))
 
     def _variable(self, table: jax.Array) -> nnx.Variable[jax.Array]:
         annotation: dict[str, Any] = {}
@@ -202,6 +200,8 @@ class DistributedMetrics(nnx.Module):
             TypeError: a value that is no number.
             flax.errors.TraceContextError: the object belongs to an outer trace (that of ``jax.grad``, say).
         """
+        if spec is None and self._updated_quickly((metrics, named, weight)):
+            return
         self._require_accumulators("update")
         values = named_values(self._plan, metrics, named)
         for name, value in values.items():
@@ -216,7 +216,7 @@ class DistributedMetrics(nnx.Module):
             tables = self._tables()
             situation = self._situation(tables)
             view = situation.view
-            self._refuse_population("update", tables, view)
+            rows.refuse_populations("update", self._plan, view, tables)
             if situation.elsewhere:
                 return
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
@@ -229,6 +229,23 @@ class DistributedMetrics(nnx.Module):
             self._replace(_update_program(plan, view, feeds)(tables, arrays), f"update({', '.join(values)})", plan)
             if situation.eager:
                 self._note_update()
+
+    def _updated_quickly(self, given: eager.Given) -> bool:
+        """An eager update of arrays that lie on the devices of the rows, and of numbers, if it is that."""
+        plan = self._plan
+        with _LOCK:
+            tables = [getattr(self, name).get_raw_value() for name in plan.variables]
+            quick = eager.quick_update(plan, self._layout, tables, given)
+            if quick is None:
+                return False
+            try:
+                for name, table in zip(plan.variables, quick.tables, strict=True):
+                    getattr(self, name).set_raw_value(table)
+            except flax.errors.TraceContextError:
+                return False
+            if quick.noted:
+                self._note_update()
+            return True
 
     def _note_update(self) -> None:
         """For the heads of flushes; see there."""
@@ -305,7 +322,7 @@ class DistributedMetrics(nnx.Module):
         with _LOCK:
             tables = self._tables()
             situation = self._situation(tables)
-            self._refuse_population("merge", tables, situation.view)
+            rows.refuse_populations("merge", self._plan, situation.view, tables)
             if situation.elsewhere:
                 return
             plan, merged = snapshot._merged_for(self._plan, "merge")
@@ -413,24 +430,12 @@ class DistributedMetrics(nnx.Module):
         """The processes that have a part in a flush; all of them where each has an object of its own."""
         return self._layout.processes or tuple(range(jax.process_count()))
 
-    def _refuse_population(self, method: str, tables: Tables, view: View) -> None:
-        if lead := rows.populations(self._plan, view, tables):
-            raise ValueError(
-                f"metrics.{method}(): these accumulators are a population, with {lead} dim(s) in front of the rows: "
-                f"shape {min(tables.items())[1].shape}.\n"
-                f"  Do it under vmap: jax.vmap(lambda m, x: (m.{method}({'loss=x' if method == 'update' else 'x'}), m)"
-                "[1])(metrics, values)"
-            )
-
     def _situation(self, tables: Tables) -> Situation:
         name, table = next(iter(tables.items()))
-        view = look(self._layout, table, table_dims(self._plan, name))
-        eager, processes = not is_traced(table), self._layout.processes
-        elsewhere = eager and bool(processes) and jax.process_index() not in processes
-        return Situation(self._layout, view, eager, elsewhere, varying_axes(table) if view.mapped else frozenset())
+        return situation_of(self._layout, table, table_dims(self._plan, name))
 
     def _tables(self) -> Tables:
-        tables = {name: getattr(self, _attribute(name)).get_raw_value() for name in self._plan.tables}
+        tables = {name: getattr(self, variable_of(name)).get_raw_value() for name in self._plan.tables}
         if any(
             isinstance(table, jax.Array) and not is_traced(table) and table.is_deleted() for table in tables.values()
         ):
@@ -443,10 +448,10 @@ class DistributedMetrics(nnx.Module):
     def _replace(self, tables: Tables, method: str, plan: Plan | None = None) -> None:
         try:
             for name, table in tables.items():
-                if hasattr(self, _attribute(name)):
-                    getattr(self, _attribute(name)).set_raw_value(table)
+                if hasattr(self, variable_of(name)):
+                    getattr(self, variable_of(name)).set_raw_value(table)
                 else:  # of a clu metric whose merge is its own, and has just been seen
-                    setattr(self, _attribute(name), self._variable(table))
+                    setattr(self, variable_of(name), self._variable(table))
             if plan is not None and plan is not self._plan:
                 self._plan = plan
         except flax.errors.TraceContextError as error:
@@ -532,11 +537,6 @@ def _outer_trace(method: str) -> str:
         "  Pass the object into a jitted function as an argument. Of jax.grad return the values, and update outside:\n"
         "  (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model); metrics.update(aux)"
     )
-
-
-def _attribute(table: str) -> str:
-    """The name of the Variable that holds a table."""
-    return f"{table}_rows"
 
 
 def _is_whole(tables: Tables) -> bool:

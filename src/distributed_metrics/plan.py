@@ -2,12 +2,11 @@
 
 import difflib
 import functools
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from distributed_metrics.accumulators import BY_NAME, Accumulator, clu_metric
 from distributed_metrics.merging import SUM, Merge
@@ -57,7 +56,7 @@ class Field:
     @property
     def size(self) -> int:
         """Slots of one metric."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ class Plan:
         ignores: whether elements that are not finite are left out and counted.
         groups: the same metrics by accumulator.
         tables: how two slots of a table become one, by the table's name; only those in use, in the order of names.
+        variables: the attributes of an object that hold these tables.
         slots: how many slots each table has.
         values: for each flat name that ``update`` takes, the indices of its metrics.
     """
@@ -117,6 +117,7 @@ class Plan:
                     )
             self.groups.append(Group(accumulator, members, fields))
         self.tables = dict(sorted(tables.items()))
+        self.variables = tuple(map(variable_of, self.tables))
         self.group_of = {i: group for group in self.groups for i in group.members}
 
     def tables_of(self, members: Iterable[int]) -> tuple[str, ...]:
@@ -132,6 +133,11 @@ class Plan:
     def __repr__(self) -> str:
         policy = ', nan_policy="ignore"' if self.ignores else ""
         return f"Plan({', '.join(f'{m.name}={m.accumulator}' for m in self.metrics)}{policy})"
+
+
+def variable_of(table: str) -> str:
+    """The name of the attribute, an ``nnx.Variable``, that holds a table."""
+    return f"{table}_rows"
 
 
 def fields_of(accumulator: Accumulator, ignores: bool) -> dict[str, Merge]:

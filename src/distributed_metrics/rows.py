@@ -97,7 +97,7 @@ def _rowed(view: View, tables: Tables) -> Tables:
     return {name: table[None] for name, table in tables.items()} if view.row_dim else tables
 
 
-def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, arrays: Sequence[Array]) -> Tables:
+def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, arrays: Sequence[Any]) -> Tables:
     """The rows after one update.
 
     Args:
@@ -224,6 +224,17 @@ def populations(plan: Plan, view: View, tables: Tables) -> int:
     """How many dims ``vmap`` (or ``scan``) put in front of the rows."""
     table = min(tables)
     return tables[table].ndim - table_dims(plan, table) + (0 if view.row_dim else 1)
+
+
+def refuse_populations(method: str, plan: Plan, view: View, tables: Tables) -> None:
+    """Raise a ValueError where the rows are those of a population, outside of the ``vmap`` that goes over it."""
+    if lead := populations(plan, view, tables):
+        raise ValueError(
+            f"metrics.{method}(): these accumulators are a population, with {lead} dim(s) in front of the rows: "
+            f"shape {tables[min(tables)].shape}.\n"
+            f"  Do it under vmap: jax.vmap(lambda m, x: (m.{method}({'loss=x' if method == 'update' else 'x'}), m)"
+            "[1])(metrics, values)"
+        )
 
 
 def _over_populations(plan: Plan, view: View, function: Callable[[Tables], Any], tables: Tables) -> Any:

@@ -10,9 +10,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import heads, portable
-from distributed_metrics.accumulators import Histogram
+from distributed_metrics.accumulators import Accumulator, Histogram
 from distributed_metrics.gathering import Gathering, merge_rows
 from distributed_metrics.merging import Numbers, Parts
+from distributed_metrics.placement import on_host
 from distributed_metrics.plan import NONFINITE, SEPARATOR, Group, Plan, did_you_mean, show_path
 from distributed_metrics.tables import join_words, parts_of, relaid_parts, split_words
 from distributed_metrics.view import is_traced
@@ -129,14 +130,18 @@ class Snapshot(Mapping[str, Any]):
         for i, (metric, weight) in enumerate(zip(self._plan.metrics, self._weights(), strict=True)):
             if isinstance(metric.accumulator, portable.Stored):
                 continue
-            name = sep.join((prefix, *metric.path) if prefix else metric.path)
-            results, weights = np.asarray(self._result(i)), np.asarray(weight)
-            for index in np.ndindex(results.shape):
-                if empty == "nan" or weights[index[: weights.ndim]] != 0:
-                    element = _padded(index, results.shape)
-                    if (labels := metric.accumulator.labels) is not None:
-                        element[-1] = labels[index[-1]]
-                    flat[sep.join((name, *element))] = float(results[index])
+            name, result = sep.join((prefix, *metric.path) if prefix else metric.path), self._result(i)
+            if isinstance(result, float) and isinstance(weight, float):  # nearly always
+                if empty == "nan" or weight != 0:
+                    flat[name] = result
+            else:
+                results, weights = np.asarray(result), np.asarray(weight)
+                for index in np.ndindex(results.shape):
+                    if empty == "nan" or weights[index[: weights.ndim]] != 0:
+                        element = _padded(index, results.shape)
+                        if (labels := metric.accumulator.labels) is not None:
+                            element[-1] = labels[index[-1]]
+                        flat[sep.join((name, *element))] = float(results[index])
             for kind, number in outside[i].items():
                 for index in np.ndindex(np.shape(number)):
                     if empty == "nan" or number[index] != 0:
@@ -359,7 +364,7 @@ class Snapshot(Mapping[str, Any]):
             OutOfStepError: what was gathered is not of one flush of all processes.
         """
         if isinstance(self._words, jax.Array):
-            self._words = jax.device_get(self._words)
+            self._words = on_host(self._words)
         if self._gathering is None:
             tables = split_words(self._plan, self._words)
         else:
@@ -422,6 +427,11 @@ class Snapshot(Mapping[str, Any]):
         lead = next(iter(tables.values()))[0].ndim - 1
         together = of_group(group, tables, jnp if traced else np)
 
+        if isinstance(together, dict) and not together:
+            return [{} for _ in group.members]
+        if not traced and isinstance(together, np.ndarray) and together.ndim == 1:
+            return together.astype(np.float64).tolist()
+
         def member(k: int) -> Any:
             if isinstance(together, dict):
                 return {name: number[(slice(None),) * lead + (k,)] for name, number in together.items()}
@@ -459,6 +469,8 @@ def _results_of(group: Group, tables: Mapping[str, Numbers], xp: Any) -> Any:
 
 def _outside_of(group: Group, tables: Mapping[str, Numbers], xp: Any) -> dict[str, Any]:
     """What is beside the results of all members of a group, by name: ``(..., members, *S)``."""
+    if type(group.accumulator).outside is Accumulator.outside:  # nothing, as a rule
+        return {}
     return group.accumulator.outside(xp, **_own_fields(group, tables))
 
 

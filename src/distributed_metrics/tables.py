@@ -4,6 +4,7 @@ There is one *table* for each merge in use: ``(rows, slots, words)`` float32, wi
 word.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,12 +26,13 @@ def table_dims(plan: Plan, table: str) -> int:
 
 def row_shapes(plan: Plan, tables: Iterable[str] | None = None) -> dict[str, ShapeDtypeStruct]:
     """The shape and dtype of one row of each table, or of some of them."""
-    shapes = {}
-    for table in sorted(plan.tables if tables is None else tables):
-        words = plan.tables[table].words
-        shape = (plan.slots[table],) if words == 1 else (plan.slots[table], words)
-        shapes[table] = ShapeDtypeStruct(shape, jnp.float32)
-    return shapes
+    return {table: _row_shape(plan, table) for table in sorted(plan.tables if tables is None else tables)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_shape(plan: Plan, table: str) -> ShapeDtypeStruct:
+    words = plan.tables[table].words
+    return ShapeDtypeStruct((plan.slots[table],) if words == 1 else (plan.slots[table], words), jnp.float32)
 
 
 def parts_of(merge: Merge, row: Any) -> Parts:

@@ -1,7 +1,7 @@
 """What ``update()`` was given -> arrays and feeds. Whatever can be wrong with a value is found here, at trace time."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,6 +17,13 @@ from distributed_metrics.contributions import Feed, Source
 from distributed_metrics.placement import Situation, Value, on_device, placed
 from distributed_metrics.plan import SEPARATOR, Plan, did_you_mean
 from distributed_metrics.view import full_spec, spec_axes, varying_axes
+
+
+@dataclass(frozen=True)
+class HostNumber:
+    """A number that was split on the host: its high and low words, float32 of shape (2,)."""
+
+    words: jax.Array
 
 
 def flattened(metrics: Mapping[str, Any], leaves: Collection[str], outer: str = "") -> Iterator[tuple[str, Any]]:
@@ -253,8 +260,8 @@ def _inputs(name: str, value: Any, accumulator: Accumulator) -> tuple[Any, ...]:
 
 
 def _specs(spec: Any, accumulator: Accumulator) -> tuple[Any, ...]:
-    if isinstance(spec, tuple) and not isinstance(spec, P) and len(spec) == len(accumulator.inputs):
-        return spec
+    if isinstance(spec, tuple | list) and not isinstance(spec, P) and len(spec) == len(accumulator.inputs):
+        return tuple(spec)
     return (spec,) * len(accumulator.inputs)
 
 
@@ -264,6 +271,8 @@ def _numbers(name: str, value: Any, what: str) -> tuple[Value, bool]:
     Raises:
         TypeError: it is no number, or a complex one.
     """
+    if isinstance(value, HostNumber):
+        return value.words, True
     if isinstance(value, nnx.Variable):
         value = value.get_value()
     if isinstance(value, jax.Array):
