@@ -19,13 +19,12 @@ lint: $(VENV)/ready
 	$(RUN)/ruff format --check
 	$(RUN)/mypy
 
-bench: $(VENV)/ready
-	$(RUN)/python benchmarks/update.py --devices 8
-	$(RUN)/python benchmarks/update.py --devices 1
-	$(RUN)/python benchmarks/kinds.py
-	$(RUN)/python benchmarks/service.py
-	$(RUN)/python benchmarks/train_step.py
-	$(RUN)/python benchmarks/scaling.py
+bench: $(VENV)/bench
+	$(RUN)/python benchmarks/report.py
+
+$(VENV)/bench: $(VENV)/ready
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is $(TAG): make PYTHON=python3.12 ...")'

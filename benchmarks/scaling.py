@@ -1,11 +1,10 @@
-"""What a flush costs as states and processes grow: both paths of a gather, and a flush of several processes.
+"""States and processes that grow
 
-Run it on an idle machine: python benchmarks/scaling.py. Each answer is checked. (Bytes and collectives for up to 512
-devices are read off compiled programs by tests/programs/scale.py.)
+Both paths of a gather on eight virtual devices, and a flush of two processes of two devices, over gloo. Each answer is
+checked. (Bytes and collectives for up to 512 devices are read off compiled programs by `tests/programs/scale.py`.)
 """
 
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -17,9 +16,9 @@ CHILD = len(sys.argv) > 1
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES if CHILD else 8}"
 
-import flax
 import jax
 import numpy as np
+from common import table
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,7 +29,6 @@ NAMES = [f"metric{i}" for i in range(20)]
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}, flax {flax.__version__}, {os.cpu_count()} cores, {platform.machine()}; medians\n")
     both_paths()
     several_processes()
 
@@ -38,7 +36,7 @@ def main() -> None:
 def both_paths() -> None:
     """A traced compute() of one mean of many elements, on 8 devices, by each path; they take turns."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
-    print("bytes of state on a device | all_gather | all_to_all + all_gather (microseconds)")
+    rows = []
     for size in (64, 512, 4096, 8192, 65_536, 524_288):
         x = np.arange(8.0 * size, dtype=np.float32).reshape(8, size)
         sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
@@ -59,8 +57,8 @@ def both_paths() -> None:
                 jax.block_until_ready(call())
                 times[path].append(time.perf_counter() - started)
         gathered, merged = (1e6 * statistics.median(times[path]) for path in calls)
-        print(f"{16 * size:>10,} | {gathered:>8,.0f} | {merged:>8,.0f}")
-    print()
+        rows.append((f"{16 * size:,}", gathered, merged))
+    table(["bytes of state on a device", "all_gather, µs", "all_to_all, merge, all_gather, µs"], rows)
 
 
 def several_processes() -> None:
@@ -111,10 +109,11 @@ def one_of_several(rank: int, port: str) -> None:
             both = call()
             if repeat >= 20:
                 times[name].append(both)
-    print(f"{PROCESSES} processes of {DEVICES} devices, 20 means: launched | read, after (microseconds)")
-    for name, both in times.items():
-        launched, read = (1e6 * statistics.median(one) for one in zip(*both, strict=True))
-        print(f"{name:<20} | {launched:>8,.0f} | {read:>8,.0f}")
+    rows = [
+        (f"`{name}`", *(1e6 * statistics.median(one) for one in zip(*both, strict=True)))
+        for name, both in times.items()
+    ]
+    table([f"20 means in {PROCESSES} processes", "launched after, µs", "numbers read after, µs"], rows)
     every_step(metrics, update)
 
 
@@ -128,7 +127,7 @@ def every_step(metrics, update) -> None:
                 update(metrics)
                 flusher(step)
         took = 1e6 * (time.perf_counter() - started) / 200
-        print(f"PeriodicFlush(every_steps=1, timeout={timeout}): {took:,.0f} a step, with its update")
+        print(f"- `PeriodicFlush(every_steps=1, timeout={timeout})`: {took:,.0f} µs a step, with its update")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""What one call of PeriodicFlush holds up: beside device steps of 100 ms and more, and in a loop of small steps.
+"""What a call of PeriodicFlush holds up
 
-Run it on an idle machine: python benchmarks/service.py. Without an accelerator there are eight virtual devices.
+20 means, written to TensorBoard and JSON Lines: beside device steps of 100 ms and more, each of which ends a window,
+and in a loop of steps that take next to nothing. Without an accelerator there are eight virtual devices.
 """
 
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+from common import virtual_devices
 
-import flax
+virtual_devices(8)
+
 import jax
 import jax.numpy as jnp
 
@@ -23,8 +23,6 @@ NAMES = [f"metric{i}" for i in range(20)]
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}")
-    print(f"{os.cpu_count()} cores, {platform.machine()}; 20 means, TensorBoard and JSON Lines\n")
     beside_long_steps()
     in_a_fast_loop()
 
@@ -67,7 +65,7 @@ def beside_long_steps() -> None:
         per_step = 1e3 * (time.perf_counter() - started) / 20
     later = sorted(calls[2:])  # the first compile
     print(
-        f"steps of {1e3 * took:.0f} ms ({per_step:.0f} ms in the loop), a window each: a call takes "
+        f"- Steps of {1e3 * took:.0f} ms ({per_step:.0f} ms in the loop), a window each: a call takes "
         f"{statistics.median(later):.2f} ms (median; longest {later[-1]:.2f}), "
         f"1/{took * 1e3 / statistics.median(later):.0f} of a step"
     )
@@ -85,7 +83,7 @@ def in_a_fast_loop() -> None:
             flusher(step, metrics, epoch=1)
             (ending if step % 100 == 99 else plain).append(1e6 * (time.perf_counter() - before))
     per_call, per_window = statistics.median(plain), statistics.median(ending)
-    print(f"a call takes {per_call:.0f} us, one that ends a window {per_window:.0f} us (medians)")
+    print(f"- Small steps: a call takes {per_call:.0f} us, one that ends a window {per_window:.0f} us (medians)")
 
 
 if __name__ == "__main__":

@@ -1,141 +1,247 @@
-"""What one update costs: K means, beside a hand-written accumulator, clu's Collection and nnx.MultiMetric, in one run.
+"""One update of K means
 
-Run it on an idle machine: python benchmarks/update.py [--devices 8]. Rivals take turns, times are medians of one call
-including its execution, and each rival's answer is checked. The hand-written one is what an expert would write for
-exactly these metrics: the limit (in plain float32, without compensation).
+Beside what an expert would write for exactly these metrics (one packed array of float32 sums and counts, a row for each
+device, without compensation): the limit. The values are 64 numbers for each metric, split over the devices. Each cell
+is microseconds for one call including its execution, of ten in a row; in brackets its ratio to the hand-written one in
+the same wrapper, or in `jax.jit` where it has none.
 """
 
 import argparse
+import json
 import os
-import platform
-import statistics
-import time
+from collections.abc import Callable
+from typing import Any
+
+from common import in_turns, table, virtual_devices
+
+BATCH = 64
+MEAN = (BATCH - 1) / 2
+COUNTS = (1, 4, 20, 200)
+LIMIT, LIMIT_NNX = "hand-written, `jax.jit`", "hand-written, `nnx.jit`"
+Rival = tuple[Callable[[], Any], Callable[[], float]]
+"""One update, and the mean of the first metric so far."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--json", help="a file to write the times to")
     options = parser.parse_args()
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
+    virtual_devices(options.devices)
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    times: dict[int, dict[str, float]] = {}
+    for k in COUNTS:
+        rivals = make_rivals(k)
+        times[k] = in_turns(
+            {name: call for name, (call, _) in rivals.items()}, repeats=300 if k < 200 else 40, burst=10
+        )
+        for name, (_, mean) in rivals.items():
+            assert abs(mean() - MEAN) < 1e-5, (name, mean())
+    print(f"### {options.devices} virtual device{'s' if options.devices > 1 else ''}\n")
+    table(
+        ["µs for one update of K means", *(f"K = {k}" for k in COUNTS)],
+        [[name, *(cell(times[k], name) for k in COUNTS)] for name in times[COUNTS[0]]],
     )
-    import flax
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(times, file)
+
+
+def cell(times: dict[str, float], name: str) -> str:
+    limit = times[LIMIT_NNX if "nnx.jit" in name else LIMIT]
+    return f"{times[name]:,.0f} (×{times[name] / limit:.2f})"
+
+
+def make_rivals(k: int) -> dict[str, Rival]:
     import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
 
-    print(f"jax {jax.__version__}, flax {flax.__version__}, {options.devices} x {jax.devices()[0].device_kind}")
-    print(f"{os.cpu_count()} cores, {platform.machine()}, median of {options.repeats} calls, microseconds\n")
-    for metrics in (1, 4, 20):
-        rivals = make_rivals(metrics)
-        times = interleaved(rivals, options.repeats)
-        limit = times["hand-written"]
-        print(f"K = {metrics}")
-        for name, microseconds in times.items():
-            print(f"  {name:<28} {microseconds:8.0f}   x{microseconds / limit:.2f}")
-
-
-def interleaved(rivals, repeats: int) -> dict[str, float]:
-    """The median time of one call of each rival, in microseconds; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for call, _ in rivals.values():
-        for _ in range(20):
-            call()
-    for _ in range(repeats):
-        for name, (call, _) in rivals.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    for name, (_, check) in rivals.items():
-        assert abs(check() - MEAN) < 1e-5, (name, check())
-    return {name: 1e6 * statistics.median(seconds) for name, seconds in times.items()}
+    mesh = Mesh(jax.devices(), ("data",))
+    split = NamedSharding(mesh, P("data"))
+    values = {f"m{i}": jax.device_put(np.arange(BATCH, dtype=np.float32), split) for i in range(k)}
+    rivals = {
+        **by_hand(mesh, values),
+        **ours(mesh, values),
+        **of_nnx(values),
+        "clu `Collection`, `jax.jit`": of_clu(mesh, values),
+        "Keras `Mean`, `jax.jit`": of_keras(mesh, values),
+    }
+    if mesh.size == 1:
+        rivals["torchmetrics, eager, PyTorch on the CPU"] = of_torch(values)
+    return rivals
 
 
-BATCH = 64
-MEAN = (BATCH - 1) / 2
-
-
-def make_rivals(k: int):
-    """Name -> (one blocking update, the mean of the first metric so far). Values are per example, split over "data"."""
-    import clu.metrics
-    import flax
+def by_hand(mesh, values) -> dict[str, Rival]:
     import jax
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
+
+    k = len(values)
+
+    def local(rows, *xs):
+        return rows + jnp.stack([jnp.stack([jnp.sum(x), jnp.float32(x.size)]) for x in xs])[None]
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"),) * (k + 1), out_specs=P("data"))
+    update = jax.jit(mapped, donate_argnums=0)
+    rows = jax.device_put(np.zeros((mesh.size, k, 2), np.float32), NamedSharding(mesh, P("data")))
+    state = {"rows": rows}
+
+    def call():
+        state["rows"] = update(state["rows"], *values.values())
+        return state["rows"]
+
+    class Packed(nnx.Module):
+        def __init__(self):
+            self.rows = nnx.metrics.MetricState(jnp.copy(rows))
+
+        def update(self, values):
+            self.rows.set_raw_value(mapped(self.rows.get_raw_value(), *values.values()))
+
+    packed, step = Packed(), nnx.jit(lambda packed, values: packed.update(values))
+
+    def call_nnx():
+        step(packed, values)
+        return packed.rows.get_raw_value()
+
+    def mean(rows):
+        total, count = np.asarray(rows, np.float64).sum(0)[0]
+        return total / count
+
+    return {
+        LIMIT: (call, lambda: mean(state["rows"])),
+        LIMIT_NNX: (call_nnx, lambda: mean(packed.rows.get_raw_value())),
+    }
+
+
+def ours(mesh, values) -> dict[str, Rival]:
+    import jax
+    from flax import nnx
 
     from distributed_metrics import DistributedMetrics
 
-    mesh = Mesh(jax.devices(), ("data",))
-    split = NamedSharding(mesh, P("data"))
-    names = [f"m{i}" for i in range(k)]
-    values = {name: jax.device_put(np.arange(BATCH, dtype=np.float32), split) for name in names}
+    def new():
+        return DistributedMetrics(dict.fromkeys(values, "mean"), mesh=mesh)
 
-    # Hand-written: one packed array of float32 sums and counts, a row for each device, updated in a shard_map.
-    rows = jax.device_put(np.zeros((mesh.size, k, 2), np.float32), split)
-
-    def local(rows, *xs):
-        sums = jnp.stack([jnp.stack([jnp.sum(x), jnp.float32(x.size)]) for x in xs])
-        return rows + sums[None]
-
-    by_hand = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(P("data"),) * (k + 1), out_specs=P("data")), donate_argnums=0
-    )
-    state = {"rows": rows}
-
-    def call_by_hand():
-        state["rows"] = jax.block_until_ready(by_hand(state["rows"], *values.values()))
-
-    def mean_by_hand():
-        total, count = np.asarray(state["rows"], np.float64).sum(0)[0]
-        return total / count
-
-    eager = DistributedMetrics(dict.fromkeys(names, "mean"), mesh=mesh)
-    jitted = DistributedMetrics(dict.fromkeys(names, "mean"), mesh=mesh)
-    program = nnx.jit(lambda metrics, values: metrics.update(values))
-    plain = {"metrics": DistributedMetrics(dict.fromkeys(names, "mean"), mesh=mesh)}
-    pure = jax.jit(lambda metrics, values: (metrics.update(values), metrics)[1])
+    eager, jitted, tree, plain = new(), new(), new(), {"metrics": new()}
+    in_nnx = nnx.jit(lambda metrics, values: metrics.update(values))
+    in_tree = nnx.jit(lambda metrics, values: metrics.update(values), graph=False)
+    in_jax = jax.jit(lambda metrics, values: (metrics.update(values), metrics)[1])
 
     def call_eager():
         eager.update(values)
-        jax.block_until_ready(eager.sum_rows.get_raw_value())
+        return eager.sum_rows.get_raw_value()
 
-    def call_jitted():
-        program(jitted, values)
-        jax.block_until_ready(jitted.sum_rows.get_raw_value())
+    def call_nnx():
+        in_nnx(jitted, values)
+        return jitted.sum_rows.get_raw_value()
 
-    def call_plain():
-        plain["metrics"] = jax.block_until_ready(pure(plain["metrics"], values))
+    def call_tree():
+        in_tree(tree, values)
+        return tree.sum_rows.get_raw_value()
 
-    multi = nnx.MultiMetric(**{name: nnx.metrics.Average(name) for name in names})
-    multi_program = nnx.jit(lambda multi, values: multi.update(**values))
-
-    def call_multi():
-        multi_program(multi, values)
-        jax.block_until_ready(nnx.state(multi))
-
-    collection = flax.struct.dataclass(
-        type(
-            "Collection",
-            (clu.metrics.Collection,),
-            {"__annotations__": {name: clu.metrics.Average.from_output(name) for name in names}},
-        )
-    )
-    merge = jax.jit(lambda state, values: state.merge(collection.single_from_model_output(**values)), donate_argnums=0)
-    clu_state = {"state": jax.device_put(collection.empty(), NamedSharding(mesh, P()))}
-
-    def call_clu():
-        clu_state["state"] = jax.block_until_ready(merge(clu_state["state"], values))
+    def call_jax():
+        plain["metrics"] = in_jax(plain["metrics"], values)
+        return plain["metrics"]
 
     return {
-        "hand-written": (call_by_hand, mean_by_hand),
-        "ours, eager update": (call_eager, lambda: eager.compute()["m0"]),
-        "ours in nnx.jit": (call_jitted, lambda: jitted.compute()["m0"]),
-        "ours in jax.jit, in and out": (call_plain, lambda: plain["metrics"].compute()["m0"]),
-        "nnx.MultiMetric in nnx.jit": (call_multi, lambda: float(multi.compute()["m0"])),
-        "clu Collection in jax.jit": (call_clu, lambda: float(clu_state["state"].compute()["m0"])),
+        "ours, eager": (call_eager, lambda: eager.compute()["m0"]),
+        "ours, `jax.jit`, in and out": (call_jax, lambda: plain["metrics"].compute()["m0"]),
+        "ours, `nnx.jit`": (call_nnx, lambda: jitted.compute()["m0"]),
+        "ours, `nnx.jit(graph=False)`": (call_tree, lambda: tree.compute()["m0"]),
     }
+
+
+def of_nnx(values) -> dict[str, Rival]:
+    import metrax.nnx
+    from flax import nnx
+
+    step = nnx.jit(lambda metrics, values: metrics.update(**values))
+
+    @nnx.jit
+    def each(metrics, values):
+        for name, metric in metrics.items():
+            metric.update(values=values[name])
+
+    def of_multi():
+        multi = nnx.MultiMetric(**{name: nnx.metrics.Average(name) for name in values})
+
+        def call():
+            step(multi, values)
+            return nnx.state(multi)
+
+        return call, lambda: float(multi.compute()["m0"])
+
+    def of_metrax():
+        metrics = {name: metrax.nnx.Average() for name in values}
+
+        def call():
+            each(metrics, values)
+            return nnx.state(metrics)
+
+        return call, lambda: float(metrics["m0"].compute())
+
+    return {"`nnx.MultiMetric`, `nnx.jit`": of_multi(), "metrax, `nnx.jit`": of_metrax()}
+
+
+def of_clu(mesh, values) -> Rival:
+    import clu.metrics
+    import flax
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    annotations = {name: clu.metrics.Average.from_output(name) for name in values}
+    collection = flax.struct.dataclass(type("Collection", (clu.metrics.Collection,), {"__annotations__": annotations}))
+    merge = jax.jit(lambda state, values: state.merge(collection.single_from_model_output(**values)), donate_argnums=0)
+    state = {"": jax.device_put(collection.empty(), NamedSharding(mesh, P()))}
+
+    def call():
+        state[""] = merge(state[""], values)
+        return state[""]
+
+    return call, lambda: float(state[""].compute()["m0"])
+
+
+def of_keras(mesh, values) -> Rival:
+    import jax
+    import keras
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    metrics = {name: keras.metrics.Mean(name=name) for name in values}
+
+    @jax.jit
+    def update(state, values):
+        return {name: metrics[name].stateless_update_state(state[name], value) for name, value in values.items()}
+
+    fresh = {name: [variable.value for variable in metric.variables] for name, metric in metrics.items()}
+    state = {"": jax.device_put(fresh, NamedSharding(mesh, P()))}
+
+    def call():
+        state[""] = update(state[""], values)
+        return state[""]
+
+    return call, lambda: float(metrics["m0"].stateless_result(state[""]["m0"]))
+
+
+def of_torch(values) -> Rival:
+    import numpy as np
+    import torch
+    import torchmetrics
+
+    metrics = {name: torchmetrics.MeanMetric() for name in values}
+    given = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
+
+    def call():
+        for name, metric in metrics.items():
+            metric.update(given[name])
+
+    return call, lambda: float(metrics["m0"].compute())
 
 
 if __name__ == "__main__":
