@@ -55,7 +55,8 @@ def train_step(name: str, widths: tuple[int, ...], repeats: int) -> list[tuple]:
         return [weights, first, second], seen
 
     def add(rows, *values):
-        return rows + jnp.stack([jnp.stack([jnp.sum(x), jnp.float32(x.size)]) for x in values])[None]
+        sums = jnp.sum(jnp.stack(values), axis=1)
+        return rows + jnp.stack([sums, jnp.full_like(sums, values[0].size)], axis=-1)[None]
 
     add = jax.shard_map(add, mesh=mesh, in_specs=(P("data"),) * 21, out_specs=P("data"))
 

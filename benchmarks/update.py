@@ -84,7 +84,8 @@ def by_hand(mesh, values) -> dict[str, Rival]:
     k = len(values)
 
     def local(rows, *xs):
-        return rows + jnp.stack([jnp.stack([jnp.sum(x), jnp.float32(x.size)]) for x in xs])[None]
+        sums = jnp.sum(jnp.stack(xs), axis=1)
+        return rows + jnp.stack([sums, jnp.full_like(sums, xs[0].size)], axis=-1)[None]
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"),) * (k + 1), out_specs=P("data"))
     update = jax.jit(mapped, donate_argnums=0)

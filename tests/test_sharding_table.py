@@ -3,7 +3,7 @@
 import collections
 import pathlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -165,7 +165,7 @@ def run_eagerly(call: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def quick_counting(*static):
         program = quick(*static)
-        return program and program._replace(run=counting(program.run))
+        return program and replace(program, run=counting(program.run))
 
     monkeypatch.setattr(distributed_metrics.eager, "_program", quick_counting)
     monkeypatch.setattr(distributed_metrics.metrics, "_update_program", lambda *static: counting(careful(*static)))

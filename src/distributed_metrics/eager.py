@@ -8,10 +8,12 @@ first, and looks at anew each time.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,6 +41,13 @@ class Updated(NamedTuple):
 
 def quick_update(plan: Plan, layout: Layout, tables: Sequence[Any], given: Given) -> Updated | None:
     """The tables, in the order of the plan, after an eager update; None where it is none, or a wrong one."""
+    try:
+        return _quick_update(plan, layout, tables, given)
+    except (TypeError, ValueError):  # the other way says it of the values themselves
+        return None
+
+
+def _quick_update(plan: Plan, layout: Layout, tables: Sequence[Any], given: Given) -> Updated | None:
     leaves, tree = jax.tree.flatten(given)
     if not leaves or not tables or not isinstance(tables[0], jax.Array) or is_traced(tables[0]):
         return None
@@ -51,27 +60,38 @@ def quick_update(plan: Plan, layout: Layout, tables: Sequence[Any], given: Given
             return None
         numbers = tuple([i for i, leaf in enumerate(leaves) if type(leaf) in _NUMBERS])
         values = [leaves[i] for i in numbers]
-        if any(type(value) is int and abs(value) > _LARGEST_INTEGER for value in values):
+        if any(isinstance(value, int | np.integer) and abs(int(value)) > _LARGEST_INTEGER for value in values):
             return None
         words = host_pair(np.array(values, np.float64))
         leaves = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
     if tables[0].is_deleted():
         return None
     program = _program(plan, layout, tree, numbers, tables[0].sharding, tuple([leaf.sharding for leaf in leaves]))
-    if program is None:
+    if program is None or program.failed:
         return None
     try:
         if words is None:
             return Updated(program.run(tables, leaves, None), program.noted)
         with jax.transfer_guard_host_to_device("allow"):  # it is the caller's explicit wish
             return Updated(program.run(tables, leaves, words), program.noted)
-    except (TypeError, ValueError):  # of tracing; the other way says it of the values themselves
-        return None
+    except (TypeError, ValueError):
+        program.failed = True  # tracing is not tried at every step
+        raise
 
 
-class _Program(NamedTuple):
+@dataclass
+class _Program:
+    """A compiled update.
+
+    Attributes:
+        run: the tables after it, of the tables, the arrays and the words of the numbers.
+        noted: see ``Updated``.
+        failed: whether tracing it raised an error.
+    """
+
     run: Callable[[Sequence[jax.Array], Sequence[jax.Array], np.ndarray | None], list[jax.Array]]
     noted: bool
+    failed: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -98,7 +118,8 @@ def _program(
         metrics, named, weight = whole(arrays, [HostNumber(words[i]) for i in range(len(numbers))])
         values = named_values(plan, metrics, named)
         weights = by_name(plan, weight, "weight", values)
-        specs = named_values(plan, *whole(partitions, [P()] * len(numbers))[:2])
+        in_metrics, in_named, _ = jax.tree.map(_unboxed, whole(partitions, [P()] * len(numbers)), is_leaf=_is_variable)
+        specs = named_values(plan, in_metrics, in_named)
         all_tables = dict(zip(plan.tables, tables, strict=True))
         situation = situation_of(layout, tables[0], table_dims(plan, next(iter(plan.tables))))
         rows.refuse_populations("update", plan, situation.view, all_tables)
@@ -107,3 +128,11 @@ def _program(
 
     everywhere = NamedSharding(of_rows.mesh, P()) if isinstance(of_rows, NamedSharding) and numbers else None
     return _Program(jax.jit(update, in_shardings=(None, None, everywhere)), len(layout.processes) > 1)
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, nnx.Variable)
+
+
+def _unboxed(value: Any) -> Any:
+    return value.get_raw_value() if _is_variable(value) else value
