@@ -52,7 +52,7 @@ def main() -> None:
         timed("`np.asarray` of a sharded array", lambda: np.asarray(rows))  # noqa: B023 (called at once)
         metrics.update(values)
         returned = jax.block_until_ready((means(values), metrics._arrays()))[0]
-        read = timed("`float()` of 20 numbers", lambda: {name: float(one) for name, one in returned.items()})  # noqa: B023
+        read = timed("`float()` of 20 numbers", lambda: {name: float(one) for name, one in returned.items()})  # noqa: B023 (so is this)
         assert read[NAMES[3]] == 31.5
     base = median(times["`np.asarray` of a sharded array"])
     table(

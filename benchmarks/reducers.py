@@ -23,7 +23,9 @@ def main() -> None:
     scalars = jax.device_put({name: np.arange(8.0, dtype=np.float32) for name in NAMES}, NamedSharding(mesh, P("data")))
 
     def mapped(function):
-        inner = lambda scalars: function({name: one[0] for name, one in scalars.items()})  # noqa: E731
+        def inner(scalars):
+            return function({name: one[0] for name, one in scalars.items()})
+
         program = jax.jit(jax.shard_map(inner, mesh=mesh, in_specs=P("data"), out_specs=P()))
         return lambda: program(scalars)
 

@@ -116,6 +116,18 @@ def test_eager_values_of_any_sharding_count_once(spec, explicit):
     assert_right(metrics.flush().flatten(), rel=2**-45)
 
 
+@pytest.mark.parametrize("devices", [0, 8])
+def test_a_host_buffer_may_be_refilled_after_an_update(devices):
+    """JAX alone would read some of it later on a CPU, where it may share the memory."""
+    metrics = DistributedMetrics({"a": "mean"}, mesh=make_mesh({"data": 8}, explicit=False) if devices else None)
+    buffer = np.empty(2**20, np.float32)
+    for i in range(20):
+        buffer[:] = i
+        metrics.update(a=buffer)
+    buffer[:] = -1
+    assert metrics.flush()["a"] == pytest.approx(9.5, rel=1e-6)
+
+
 def test_eager_values_from_elsewhere_count_once():
     """One device of the mesh, another mesh on the same devices, the host; each in full, each once."""
     mesh = make_mesh({"data": 8}, explicit=False)

@@ -66,12 +66,7 @@ def placed(name: str, array: Value, shape: tuple[int, ...], asked: Any, situatio
     elif asked is not None:
         asked = P()
     if view.explicit and not situation.eager:
-        if (
-            asked is not None
-            and own is not None
-            and full_spec(asked, array.ndim) != own
-            and isinstance(array, jax.Array)
-        ):
+        if asked is not None and own is not None and full_spec(asked, array.ndim) != own:
             raise ValueError(
                 f"metrics.update(spec=...): {name!r} was said to be partitioned as {asked}, and its type says {own}.\n"
                 "  On a mesh of Explicit axes leave spec out: it is read off the value."
@@ -196,7 +191,7 @@ def on_device(array: Value, situation: Situation) -> Value:
     if not situation.eager or is_traced(array):  # traced: put in a trace that captured the object, which is refused
         return array
     if not situation.view.global_axes:
-        return array if isinstance(array, jax.Array) else jax.device_put(array)
+        return array if isinstance(array, jax.Array) else jax.device_put(np.array(array))  # its own: see _put
     mesh = _concrete_mesh(situation)
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh:
         return array
@@ -212,6 +207,8 @@ def on_host(array: jax.Array) -> np.ndarray:
 def _put(array: Value, sharding: NamedSharding) -> jax.Array:
     """``jax.device_put``, which in several processes would compare NumPy arrays over the network, and never find NaN
     equal to itself: there each process puts its own shards."""
+    if isinstance(array, np.ndarray):
+        array = np.array(array)  # a CPU device may read the memory of the original later, when a loader has refilled it
     if isinstance(array, jax.Array) or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     shards = [
