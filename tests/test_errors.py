@@ -116,13 +116,23 @@ ONES = np.ones((4, 3), np.float32)
             '  To add it: DistributedMetrics({..., "lss": "mean"})',
         ),
         ({"weights": 1.0}, {}, ValueError, "got 'weights', which this object does not accumulate"),
-        ({"weights": 1.0}, {}, ValueError, "Did you mean the argument weight=?"),
+        ({"weights": 1.0}, {}, ValueError, "A mask or weights of the values are the argument weight=."),
+        ({"loss": 1.0, "mask": 1.0}, {}, ValueError, "A mask or weights of the values are the argument weight=."),
+        ({"weigth": 1.0}, {}, ValueError, "Did you mean the argument weight=?"),
         ({"train": {"ac": 1.0}}, {}, ValueError, "got 'train/ac', which this object does not accumulate"),
         ({"train": 1.0}, {}, ValueError, "got 'train', which this object does not accumulate"),
         ({"train/acc": 1.0, "train": {"acc": 1.0}}, {}, ValueError, "metrics.update() got 'train/acc' twice."),
         (1.0, {}, TypeError, "metrics.update() takes a dict of names to values, got float"),
         ({"loss": "high"}, {}, TypeError, "the value of 'loss' is no number: a str: 'high'."),
-        ({"loss": None}, {}, TypeError, "the value of 'loss' is no number: a NoneType: None."),
+        (
+            {"loss": None},
+            {},
+            TypeError,
+            "the value of 'loss' is no number: a NoneType: None.\n  Give a scalar or an array",
+        ),
+        ({"loss": None}, {}, TypeError, "or leave it out: metrics that are not named are left alone"),
+        ({"loss": {"a": 1.0}}, {}, TypeError, "the spec is a dict as well: DistributedMetrics({'loss': {...}})"),
+        ({"loss": 10**400}, {}, ValueError, "the value of 'loss' is an integer beyond every float: about 2^1329."),
         ({"loss": [1.0, 2.0]}, {}, TypeError, "of a list make one: jnp.asarray(...)"),
         ({"loss": np.array(["a"])}, {}, TypeError, "the value of 'loss' is no number: an array of <U1"),
         ({"loss": jax.random.key(0)}, {}, TypeError, "the value of 'loss' is no number: an array of key"),
@@ -153,7 +163,14 @@ ONES = np.ones((4, 3), np.float32)
             {"weight": np.ones(4)},
             ValueError,
             "the weight of 'train/acc' has shape (4,), and its value has shape (): they do not align.\n  Weights align "
-            "with the leading dims of a value; a dim of size 1 is stretched. Give weights by name",
+            "with the leading dims of a value; a dim of size 1 is stretched. Give weights by name, and none to "
+            "'train/acc' if it needs none: weight={'loss': mask}",
+        ),
+        (
+            {"ratio": (ONES, ONES[0])},
+            {"weight": np.ones(4)},
+            ValueError,
+            "the weight of 'ratio (denominator)' has shape (4,), and its value has shape (3,)",
         ),
         ({"loss": ONES}, {"weight": {"lss": ONES}}, ValueError, "metrics.update(weight=) got 'lss', which this object"),
         ({"loss": ONES}, {"spec": {"lss": P()}}, ValueError, "metrics.update(spec=) got 'lss', which this object"),
@@ -194,6 +211,15 @@ def test_a_bad_update_is_an_error_and_changes_nothing(values, kwargs, error, tex
     with pytest.raises(error, match=re.escape(text)):
         update(metrics)
     assert metrics.compute().flatten() == {"loss": 3.0, "train/acc": 5.0}
+
+
+def test_a_value_that_was_donated_is_an_error_that_names_it():
+    metrics, loss = DistributedMetrics({"loss": "mean"}), jnp.ones(3)
+    metrics.update(loss=loss)
+    loss.delete()
+    with pytest.raises(ValueError, match=r"the value of 'loss' was deleted: donated to a jitted function"):
+        metrics.update(loss=loss)
+    assert metrics.compute()["loss"] == 1.0
 
 
 @pytest.mark.parametrize("method", ["update", "compute", "flush", "reset"])

@@ -34,6 +34,8 @@ def heard():
     return [json.loads(printed) for printed in run("out_of_step.py", processes=2)]
 
 
+GIVEN = "what eager updates were given: names, shapes, or numbers of the host"
+ADVICE = {GIVEN: "make_array_from_process_local_data(", "the spec or mesh": "Make the object alike in every process"}
 MISTAKES = {
     "another operation": ("{loss: mean}", "{loss: max}", "the spec or mesh"),
     "one metric more": ("{loss: mean}", "{loss: mean, accuracy: mean}", "the spec or mesh"),
@@ -41,6 +43,12 @@ MISTAKES = {
     "flush in process 0 only": ("with 1 eager update,", "with 2 eager updates,", "the number of eager updates"),
     "and the next flush": ("with 1 eager update,", "with 0 eager updates,", "the number of eager updates"),
     "compute meets flush": ("a compute() before flush 1", "flush 1,", "whether they flush or compute"),
+    "other numbers, 0.0": ("with 2 eager updates,", "with 2 eager updates,", GIVEN),
+    "other numbers, np.float32(0.0)": ("with 2 eager updates,", "with 2 eager updates,", GIVEN),
+    "other numbers, array([0., 0., 0., 0.])": ("with 2 eager updates,", "with 2 eager updates,", GIVEN),
+    "other numbers, Array(0., dtype=float32, weak_type=True)": ("2 eager updates,", "2 eager updates,", GIVEN),
+    "other names": ("with 1 eager update,", "with 1 eager update,", GIVEN),
+    "other weights": ("with 2 eager updates,", "with 2 eager updates,", GIVEN),
     "other windows": ("flush 1 after step 1,", "flush 1 after step 2,", "the step, the number of eager updates"),
     "another size, with a limit": ("{loss: mean}", "{loss: mean, x: histogram of 9999 bins", "the spec or mesh"),
 }
@@ -58,7 +66,15 @@ def test_a_process_that_is_out_of_step_is_an_error_on_all_that_says_which_and_wh
         assert lines[2].startswith("  Process 1: ")
         assert of_the_second in lines[2]
         assert lines[3] == f"  They differ in {differs}."
-        assert "if jax.process_index() == 0: print(window)" in lines[-1]
+        advice = {
+            GIVEN: "make_array_from_process_local_data(",
+            "the spec or mesh": "Make the object alike in every process",
+        }
+        assert advice.get(differs, "if jax.process_index() == 0: print(window)") in lines[-1]
+
+
+def test_equal_numbers_of_other_kinds_are_in_step(heard):
+    assert [process["the same numbers of other kinds"] for process in heard] == [[{"loss": 1.5}]] * 2
 
 
 def test_a_loop_that_is_out_of_step_stops_before_it_flushes_again(heard):
@@ -84,6 +100,8 @@ def test_a_flush_with_a_limit_on_process_0_only_names_the_others_and_loses_nothi
     [error] = heard[0]["process 0 only, with a limit"]
     assert error.startswith("TimeoutError: metrics.flush(timeout=1): process 1 of 2 did not come within 1 s.")
     assert [process["and all of them"] for process in heard] == [[{"loss": 1.0}]] * 2
+    assert "process 1 of 2 did not come" in heard[0]["process 0 only, with a limit, again"][0]
+    assert [process["and all of them, with a limit"] for process in heard] == [[{"loss": 2.0}]] * 2
 
 
 def test_only_the_processes_of_a_mesh_take_part_and_the_first_of_them_writes():

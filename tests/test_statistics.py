@@ -374,6 +374,12 @@ def test_any_sequence_of_masked_updates_leaves_the_last_element_that_counted(dat
 
 
 @pytest.mark.slow
+def test_a_sum_whose_weights_cancel_is_shown():
+    metrics = DistributedMetrics({"x": ("sum", "mean")})
+    metrics.update(x=jnp.array([3.0, 4.0]), weight=jnp.array([1, -1]))
+    assert metrics.flush().flatten() == {"x/sum": -1.0}
+
+
 def test_an_update_that_is_all_masked_does_not_change_the_last_value():
     for mesh in (None, eight()):
         metrics = DistributedMetrics({"x": "last"}, mesh=mesh)

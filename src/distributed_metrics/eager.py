@@ -77,6 +77,10 @@ def _quick_update(plan: Plan, layout: Layout, tables: Sequence[Any], given: Give
     except (TypeError, ValueError):
         program.failed = True  # tracing is not tried at every step
         raise
+    except RuntimeError:
+        if any(leaf.is_deleted() for leaf in leaves):
+            return None
+        raise
 
 
 @dataclass

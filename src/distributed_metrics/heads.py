@@ -10,10 +10,12 @@ import functools
 import hashlib
 import json
 import weakref
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from distributed_metrics import portable
@@ -21,7 +23,7 @@ from distributed_metrics.gathering import Gathering
 from distributed_metrics.plan import Plan
 from distributed_metrics.view import Layout
 
-HEAD_WORDS = 18
+HEAD_WORDS = 20
 """The words of a head."""
 
 _MAGIC = 0xD157  # says that a row is one of ours
@@ -44,6 +46,7 @@ class Head:
         number: of the flush of this object, from 1; of a compute, that of the flush to come.
         launched: how many such programs this process has launched on this mesh.
         updates: how many updates and merges of this object were made outside of any program, since the last flush.
+        given: a checksum of what these were given: names, shapes, and the numbers that came from the host.
         step: of the training loop, where it is known.
         digest: of the spec and the mesh.
         shown: spec and mesh, for people.
@@ -54,6 +57,7 @@ class Head:
     number: int
     launched: int
     updates: int
+    given: int
     step: int | None
     digest: int
     shown: str
@@ -75,11 +79,41 @@ class Record:
     def __init__(self) -> None:
         self.flushes = 0
         self.updates = 0
+        self.given = 0
+
+    def updated(self, given: Any) -> None:
+        """An update or a merge outside of any program was given a tree of arrays and numbers."""
+        leaves, tree = jax.tree.flatten(given)
+        self.updates += 1
+        self.given = zlib.crc32(_structure(tree), self.given)
+        for leaf in leaves:
+            self.given = zlib.crc32(_seen(leaf), self.given)
 
     def flushed(self) -> None:
-        """The accumulators start afresh."""
+        """The accumulators start afresh, as after a flush that all processes made."""
         self.flushes += 1
-        self.updates = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """The accumulators start afresh."""
+        self.updates = self.given = 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _structure(tree: jax.tree_util.PyTreeDef) -> bytes:
+    return str(tree).encode()
+
+
+def _seen(value: Any) -> bytes:
+    """What a process can tell of a value without waiting: of a global array its shape, of a number all of it."""
+    if isinstance(value, jax.Array):
+        return f"{value.shape} {value.dtype}".encode()
+    array = np.asarray(value)
+    if array.dtype.kind in "biuf" and not array.ndim:
+        array = array.astype(np.float64)  # 1, 1.0 and np.float32(1) are one number
+    elif array.dtype == object:
+        return repr(value).encode()
+    return f"{array.shape} {array.dtype}".encode() + array.tobytes()
 
 
 _RECORDS: "weakref.WeakKeyDictionary[Any, Record]" = weakref.WeakKeyDictionary()
@@ -98,7 +132,7 @@ def head_of(plan: Plan, layout: Layout, record: Record, process: int, flush: boo
     """The head of the flush that this process is about to make."""
     shown, digest = _described(plan, layout)
     number, launched = record.flushes + 1, _LAUNCHED.get(layout.processes, 0) + 1
-    return Head(process, flush, number, launched, record.updates, step, digest, shown)
+    return Head(process, flush, number, launched, record.updates, record.given, step, digest, shown)
 
 
 def launched(layout: Layout, record: Record, head: Head) -> None:
@@ -133,6 +167,7 @@ def label(head: Head, gathering: Gathering, rows: int) -> np.ndarray:
     words = [
         _MAGIC, len(text), *_digits(head.process, 2), int(head.flush), *_digits(head.number, 2),
         *_digits(head.launched, 3), *_digits(head.updates, 2), *_digits(step, 3), *_digits(head.digest, 3),
+        *_digits(head.given, 2),
     ]  # fmt: skip
     tail = np.zeros(width - used, np.float32)
     tail[len(tail) - len(text) :] = text  # at the end, where it is found in a buffer of another layout
@@ -158,8 +193,8 @@ def _read(row: np.ndarray) -> Head | None:
     length, process, flush, number = numbers[1], _number(numbers[2:4]), bool(numbers[4]), _number(numbers[5:7])
     launched, updates, step = _number(numbers[7:10]), _number(numbers[10:12]), _number(numbers[12:15])
     text = row[len(row) - length :].astype(np.uint8).tobytes().decode(errors="replace")
-    digest = _number(numbers[15:18])
-    return Head(process, flush, number, launched, updates, step - 1 if step else None, digest, text)
+    digest, given = _number(numbers[15:18]), _number(numbers[18:20])
+    return Head(process, flush, number, launched, updates, given, step - 1 if step else None, digest, text)
 
 
 # --- the check ---
@@ -176,14 +211,6 @@ def require_one_flush(gathering: Gathering, buffer: np.ndarray) -> None:
     rows = buffer.reshape(-1, *buffer.shape[-2:])[0]
     heads = [_read(row) for row in rows]
     require_agreement([head for head in heads if head is not None], strangers=heads.count(None))
-
-
-_PROBABLY = (
-    "  Every process makes the same calls in the same order. Probably one of them flushes alone:\n"
-    "      if jax.process_index() == 0: print(metrics.flush())\n"
-    "  Flush in all of them, and write in one:\n"
-    "      window = metrics.flush()\n      if jax.process_index() == 0: print(window)"
-)
 
 
 def require_agreement(heads: Iterable[Head], strangers: int = 0) -> None:
@@ -210,8 +237,8 @@ def require_agreement(heads: Iterable[Head], strangers: int = 0) -> None:
         lines.append(f"  {strangers} rows came from a program that is no flush: a training step, say.")
     differs = _differences([by_process[processes[0]] for processes in of_one.values()])
     if differs:
-        lines.append(f"  They differ in {', '.join(differs)}.")
-    raise OutOfStepError("\n".join([*lines, _PROBABLY]))
+        lines.append(f"  They differ in {', '.join(_DIFFERENCES[name] for name in differs)}.")
+    raise OutOfStepError("\n".join([*lines, _advice(differs)]))
 
 
 def _show(head: Head) -> str:
@@ -232,9 +259,29 @@ _DIFFERENCES = {
     "number": "the number of the flush of this object",
     "step": "the step",
     "updates": "the number of eager updates",
+    "given": "what eager updates were given: names, shapes, or numbers of the host",
     "launched": "the number of flushes on this mesh",
 }
 
 
 def _differences(heads: Sequence[Head]) -> list[str]:
-    return [text for name, text in _DIFFERENCES.items() if len({getattr(head, name) for head in heads}) > 1]
+    differs = [name for name in _DIFFERENCES if len({getattr(head, name) for head in heads}) > 1]
+    return [name for name in differs if name != "given" or "updates" not in differs]  # more updates are given more
+
+
+def _advice(differs: Collection[str]) -> str:
+    if differs == ["digest"]:
+        return "  Make the object alike in every process: the same names and accumulators, on the same mesh."
+    if differs == ["given"]:
+        return (
+            "  Python and NumPy values of an eager update are one value, the same in every process. Where each process "
+            "has its own, make\n  one array of them all, or update inside the jitted step:\n"
+            '      sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))\n'
+            "      metrics.update(loss=jax.make_array_from_process_local_data(sharding, losses_of_this_process))"
+        )
+    return (
+        "  Every process makes the same calls in the same order. Probably one flushes alone, or at other steps:\n"
+        "      if jax.process_index() == 0: print(metrics.flush())\n"
+        "  Flush in all of them, and write in one:\n"
+        "      window = metrics.flush()\n      if jax.process_index() == 0: print(window)"
+    )

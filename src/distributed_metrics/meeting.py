@@ -6,6 +6,7 @@ service of ``jax.distributed`` first, and launches only when all have come and s
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -30,16 +31,20 @@ def meet(head: Head, processes: tuple[int, ...], timeout: float) -> None:
         TimeoutError: some did not come; or the others have given up waiting for this one.
         OutOfStepError: they have come to another flush.
     """
-    client, number = _client(), _MET.get(processes, 0)
-    _MET[processes] = number + 1
+    client = _client()
     group = hashlib.blake2b(repr(processes).encode(), digest_size=8).hexdigest()
-    place = f"distributed_metrics/{group}/{number}"
-    try:
-        client.key_value_set_bytes(f"{place}/{head.process}", head.to_bytes())
-        client.wait_at_barrier(place, max(1, round(timeout * 1000)), list(processes))
-        heads = _heads_at(client, place)
-    except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(_who_is_missing(client, place, processes, timeout)) from error
+    while True:
+        number = _MET.get(processes, 0)
+        _MET[processes] = number + 1
+        place = f"distributed_metrics/{group}/{number}"
+        try:
+            client.key_value_set_bytes(f"{place}/{head.process}", head.to_bytes())
+            client.wait_at_barrier(place, max(1, round(timeout * 1000)), list(processes))
+            heads = _heads_at(client, place)
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if not _was_of_another_flush(client, place, head, processes):
+                raise TimeoutError(_who_is_missing(client, place, processes, timeout)) from error
     require_agreement(heads)
     if number:  # all have left the meeting before
         client.key_value_delete(f"distributed_metrics/{group}/{number - 1}/{head.process}")
@@ -55,6 +60,15 @@ def _client() -> Any:
 
 def _heads_at(client: Any, place: str) -> list[Head]:
     return [Head.from_bytes(head) for _, head in client.key_value_dir_get_bytes(place)]
+
+
+def _was_of_another_flush(client: Any, place: str, head: Head, processes: Sequence[int]) -> bool:
+    """Whether the others have waited and given up here, and for another flush than this one: they flushed alone."""
+    try:
+        others = [one for one in _heads_at(client, place) if one.process != head.process]
+    except jax.errors.JaxRuntimeError:
+        return False
+    return len(others) == len(processes) - 1 and any(replace(one, process=head.process) != head for one in others)
 
 
 def _who_is_missing(client: Any, place: str, processes: Sequence[int], timeout: float) -> str:

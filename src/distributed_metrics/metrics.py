@@ -16,7 +16,7 @@ from distributed_metrics import eager, heads, meeting, reducers, rows
 from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
 from distributed_metrics.contributions import Feed
 from distributed_metrics.gathering import Gathering, gathering_of
-from distributed_metrics.placement import Situation, by_process, on_device, row_sharding, situation_of
+from distributed_metrics.placement import Situation, by_process, of_this_process, on_device, row_sharding, situation_of
 from distributed_metrics.plan import Plan, learnt_plan, parse, variable_of
 from distributed_metrics.snapshot import Snapshot
 from distributed_metrics.tables import Tables, identity_words, table_dims
@@ -222,13 +222,15 @@ class DistributedMetrics(nnx.Module):
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
                 raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
             if not situation.eager:  # metrics have no gradients, and integer arithmetic on bits could not give any
-                values, weights = _without_gradients(values), _without_gradients(weights)
+                values, weights = _each(_without_gradient, values), _each(_without_gradient, weights)
+            elif len(self._layout.processes) > 1:
+                values, weights = _each(of_this_process, values), _each(of_this_process, weights)
             plan = learnt_plan(self._plan, self._learnt_from(values))
             feeds, arrays = feeds_of(plan, situation, values, weights, specs)
             tables = self._relaid(plan, view, tables)
             self._replace(_update_program(plan, view, feeds)(tables, arrays), f"update({', '.join(values)})", plan)
             if situation.eager:
-                self._note_update()
+                self._note((values, weights))
 
     def _updated_quickly(self, given: eager.Given) -> bool:
         """An eager update of arrays that lie on the devices of the rows, and of numbers, if it is that."""
@@ -244,13 +246,15 @@ class DistributedMetrics(nnx.Module):
             except flax.errors.TraceContextError:
                 return False
             if quick.noted:
-                self._note_update()
+                metrics, named, weight = given
+                values = named_values(plan, metrics, named)
+                self._note((values, by_name(plan, weight, "weight", values)))
             return True
 
-    def _note_update(self) -> None:
-        """For the heads of flushes; see there."""
+    def _note(self, given: Any) -> None:
+        """For the heads of flushes: an eager update or merge of these values."""
         if len(self._layout.processes) > 1:
-            heads.record_of(self).updates += 1
+            heads.record_of(self).updated(given)
 
     def _learnt_from(self, values: Mapping[str, Any]) -> dict[int, Accumulator]:
         """The accumulators of clu metrics that get their first value, with what it shows."""
@@ -330,7 +334,7 @@ class DistributedMetrics(nnx.Module):
             tables = self._relaid(plan, situation.view, tables)
             self._replace(_absorb_program(plan, situation.view)(tables, words), "merge()", plan)
             if situation.eager:
-                self._note_update()
+                self._note(merged)
 
     def reset(self) -> None:
         """The accumulators start afresh."""
@@ -341,7 +345,7 @@ class DistributedMetrics(nnx.Module):
             if not situation.elsewhere:
                 self._replace(_reset_program(self._plan, situation.view)(tables), "reset()")
                 if situation.eager:
-                    heads.record_of(self).updates = 0
+                    heads.record_of(self).reset()
 
     def _read(self, method: str, *, fresh: bool, timeout: float | None = None, step: int | None = None) -> Snapshot:
         self._require_accumulators(method)
@@ -521,13 +525,18 @@ class DistributedMetrics(nnx.Module):
     collect_from_devices_static = staticmethod(reducers.collect_from_devices)
 
 
-def _without_gradients(tree: Any) -> Any:
-    """The same values as constants of differentiation. (``jax.tree.map`` would sort the keywords of a clu metric.)"""
+def _each(change: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with all leaves changed. (``jax.tree.map`` would sort the keywords of a clu metric.)"""
     if isinstance(tree, Mapping):
-        return {name: _without_gradients(branch) for name, branch in tree.items()}
+        return {name: _each(change, branch) for name, branch in tree.items()}
     if isinstance(tree, tuple | list):
-        return tuple(map(_without_gradients, tree))
-    return jax.lax.stop_gradient(tree) if is_traced(tree) else tree
+        return tuple(_each(change, branch) for branch in tree)
+    return change(tree)
+
+
+def _without_gradient(value: Any) -> Any:
+    """The same value as a constant of differentiation."""
+    return jax.lax.stop_gradient(value) if is_traced(value) else value
 
 
 def _outer_trace(method: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -202,6 +203,15 @@ def on_host(array: jax.Array) -> np.ndarray:
     """The array, fetched explicitly, for ``jax.transfer_guard``; ``jax.device_get`` takes 10 microseconds more."""
     with jax.transfer_guard_device_to_host("allow"):
         return np.asarray(array)
+
+
+def of_this_process(value: Any) -> Any:
+    """In several processes: an array that this one alone can read, as a host number, which all must give alike.
+
+    ``jax.device_put`` would compare it with those of the others over the network, at every update.
+    """
+    value = value.get_value() if isinstance(value, nnx.Variable) else value
+    return on_host(value) if isinstance(value, jax.Array) and value.is_fully_addressable else value
 
 
 def _put(array: Value, sharding: NamedSharding) -> jax.Array:

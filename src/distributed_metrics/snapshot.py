@@ -132,12 +132,12 @@ class Snapshot(Mapping[str, Any]):
                 continue
             name, result = sep.join((prefix, *metric.path) if prefix else metric.path), self._result(i)
             if isinstance(result, float) and isinstance(weight, float):  # nearly always
-                if empty == "nan" or weight != 0:
+                if empty == "nan" or _shows(result, weight):
                     flat[name] = result
             else:
                 results, weights = np.asarray(result), np.asarray(weight)
                 for index in np.ndindex(results.shape):
-                    if empty == "nan" or weights[index[: weights.ndim]] != 0:
+                    if empty == "nan" or _shows(results[index], weights[index[: weights.ndim]]):
                         element = _padded(index, results.shape)
                         if (labels := metric.accumulator.labels) is not None:
                             element[-1] = labels[index[-1]]
@@ -439,6 +439,11 @@ class Snapshot(Mapping[str, Any]):
             return one if traced or np.ndim(one) else float(one)
 
         return [member(k) for k in range(len(group.members))]
+
+
+def _shows(result: Any, weight: Any) -> bool:
+    """Whether something was seen, as far as it can be told: a sum may be of weights that cancel, as 1 and -1 do."""
+    return weight != 0 or not (result == 0 or np.isnan(result))
 
 
 def _field(group: Group, field: str, tables: Mapping[str, Numbers]) -> Any:

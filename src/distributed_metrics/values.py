@@ -1,6 +1,6 @@
 """What ``update()`` was given -> arrays and feeds. Whatever can be wrong with a value is found here, at trace time."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from distributed_metrics.compensated import host_pair
 from distributed_metrics.contributions import Feed, Source
 from distributed_metrics.placement import Situation, Value, on_device, placed
 from distributed_metrics.plan import SEPARATOR, Plan, did_you_mean
-from distributed_metrics.view import full_spec, spec_axes, varying_axes
+from distributed_metrics.view import full_spec, is_traced, spec_axes, varying_axes
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,18 @@ def named_values(plan: Plan, metrics: Mapping[str, Any] | None, named: Mapping[s
     return given
 
 
+_MASKS = ("mask", "masks", "weights", "sample_weight", "sample_weights", "where")  # as others call weight=
+
+
 def _unknown_name(plan: Plan, name: str, argument: str = "") -> ValueError:
     known = tuple(plan.values)
     shown = ", ".join(map(repr, known[:20])) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
     add = "" if argument else f'\n  To add it: DistributedMetrics({{..., "{name}": "mean"}})'
     near = did_you_mean(name, known)
-    if not argument and not near and (meant := did_you_mean(name, ("weight", "spec"))):
+    if not argument and name in _MASKS:
+        add = ""
+        near = " A mask or weights of the values are the argument weight=."
+    elif not argument and not near and (meant := did_you_mean(name, ("weight", "spec"))):
         add = f" Did you mean the argument {meant.split(chr(39))[1]}=?"
     return ValueError(
         f"metrics.update({argument}) got {name!r}, which this object does not accumulate.\n"
@@ -151,7 +157,8 @@ def feeds_of(
             else:
                 index, weight_pair = add_weight(name, weight)
                 weight_shape = arrays[index].shape[:-1] if weight_pair else arrays[index].shape
-                _check_weight(name, weight_shape, shape, accumulator)
+                others = [repr(one) for one in values if one != name]
+                _check_weight(label, weight_shape, shape, accumulator, others)
                 input_weights.append(Source(index, _weight_spec(spec, weight_shape, weight_pair), weight_pair))
         if plan.ignores:
             _check_partners(name, accumulator, [arrays[one.index].shape[: -1 if one.pair else None] for one in inputs])
@@ -277,7 +284,12 @@ def _numbers(name: str, value: Any, what: str) -> tuple[Value, bool]:
         value = value.get_value()
     if isinstance(value, jax.Array):
         if not (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == jnp.bool_):
-            raise _no_number(name, f"an array of {value.dtype}", what)
+            raise _no_number(name, value, what)
+        if not is_traced(value) and value.is_deleted():
+            raise ValueError(
+                f"metrics.update(): the {what} of {name!r} was deleted: donated to a jitted function, as a rule.\n"
+                "  Update with it before, or return it from that function."
+            )
         if jnp.issubdtype(value.dtype, jnp.complexfloating):
             raise _is_complex(name, value.dtype, what)
         return value, False
@@ -290,18 +302,36 @@ def _numbers(name: str, value: Any, what: str) -> tuple[Value, bool]:
         if (array.dtype.kind in "iuf" and array.dtype.itemsize > 4) or (
             array.dtype == object and isinstance(value, int)
         ):
-            return host_pair(array), True
+            try:
+                return host_pair(array), True
+            except OverflowError as error:
+                raise ValueError(
+                    f"metrics.update(): the {what} of {name!r} is an integer beyond every float: about "
+                    f"2^{max(int(one).bit_length() for one in array.flat)}.\n  Sums hold up to 2^127."
+                ) from error
         if jnp.issubdtype(array.dtype, jnp.number):
             return array, False
-        raise _no_number(name, f"an array of {array.dtype}", what)
-    raise _no_number(name, f"a {type(value).__name__}: {value!r:.80}", what)
+        raise _no_number(name, array, what)
+    raise _no_number(name, value, what)
 
 
-def _no_number(name: str, got: str, what: str) -> TypeError:
-    return TypeError(
-        f"metrics.update(): the {what} of {name!r} is no number: {got}.\n"
-        "  Give a scalar or an array of floats, integers or booleans; of a list make one: jnp.asarray(...)."
-    )
+def _no_number(name: str, got: Any, what: str) -> TypeError:
+    shown = f"an array of {got.dtype}" if isinstance(got, jax.Array | np.ndarray) else f"{_of(got)}: {got!r:.80}"
+    fix = "Give a scalar or an array of floats, integers or booleans"
+    if isinstance(got, list | tuple):
+        fix += "; of a list make one: jnp.asarray(...)."
+    elif got is None:
+        fix += ", or leave it out: metrics that are not named are left alone."
+    elif isinstance(got, Mapping):
+        fix += f"; for names below {name!r} the spec is a dict as well: DistributedMetrics({{{name!r}: {{...}}}})."
+    else:
+        fix += "."
+    return TypeError(f"metrics.update(): the {what} of {name!r} is no number: {shown}.\n  {fix}")
+
+
+def _of(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
 
 
 def _is_complex(name: str, dtype: Any, what: str) -> TypeError:
@@ -320,7 +350,9 @@ def _check_shape(name: str, shape: tuple[int, ...], accumulator: Accumulator) ->
         )
 
 
-def _check_weight(name: str, weight: tuple[int, ...], value: tuple[int, ...], accumulator: Accumulator) -> None:
+def _check_weight(
+    name: str, weight: tuple[int, ...], value: tuple[int, ...], accumulator: Accumulator, others: Sequence[str]
+) -> None:
     """A weight's dims are the leading ones of the value, or of size 1; the kept dims have none."""
     leading = value[: len(value) - len(accumulator.shape)]
     fits = len(weight) <= len(leading) and all(w in (1, v) for w, v in zip(weight, leading, strict=False))
@@ -334,8 +366,8 @@ def _check_weight(name: str, weight: tuple[int, ...], value: tuple[int, ...], ac
         )
     elif len(weight) < len(leading) and weight == leading[len(leading) - len(weight) :]:
         fix += f" Probably: weight[{'None, ' * (len(leading) - len(weight))}...]"
-    else:
-        fix += f' Give weights by name, and none to {name!r} if it needs none: weight={{"loss": mask}}'
+    elif others:
+        fix += f" Give weights by name, and none to {name!r} if it needs none: weight={{{others[0]}: mask}}"
     raise ValueError(
         f"metrics.update(): the weight of {name!r} has shape {weight}, and its value has shape {value}: they do not "
         f"align.\n  {fix}"

@@ -4,6 +4,7 @@ Every mistake has as many flushes in both processes, so that the next one begins
 """
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -61,6 +62,22 @@ hear("and the next flush", metrics.flush)
 metrics = with_loss()
 hear("compute meets flush", metrics.compute if first else metrics.flush)
 
+# Eager values that are not the same in both, of the host and of a device of this process.
+for kind in (float, np.float32, lambda x: np.full((4,), x), jax.numpy.asarray):
+    metrics = with_loss()
+    metrics.update(loss=kind(rank + 1))
+    hear(f"other numbers, {kind(0.0)!r}", metrics.flush)
+metrics = DistributedMetrics({"loss": "mean", "other": "mean"}, mesh=mesh)
+metrics.update({"loss" if first else "other": 1.0})
+hear("other names", metrics.flush)
+metrics = with_loss()
+metrics.update(loss=2.0, weight=[0.0, 1.0][rank])
+hear("other weights", metrics.flush)
+metrics = with_loss()
+metrics.update(loss=2.0 if first else jax.numpy.asarray(2.0))
+metrics.update(loss=np.arange(4.0, dtype=np.float32) if first else jax.numpy.arange(4.0))
+hear("the same numbers of other kinds", metrics.flush)
+
 # Windows of other lengths.
 metrics, stopped = DistributedMetrics({"loss": "mean"}, mesh=mesh), None
 memory = MemoryWriter()
@@ -89,6 +106,13 @@ metrics = with_loss()
 if first:
     hear("process 0 only, with a limit", lambda: metrics.flush(timeout=1))
 hear("and all of them", metrics.flush)
+metrics = with_loss()
+if first:
+    hear("process 0 only, with a limit, again", lambda: metrics.flush(timeout=1))
+else:
+    time.sleep(4)  # until that has given up
+metrics.update(loss=3.0)
+hear("and all of them, with a limit", lambda: metrics.flush(timeout=20))
 
 # A training step that meets a flush.
 metrics = with_loss()
