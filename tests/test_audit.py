@@ -1,9 +1,12 @@
 """What ``assert_silent`` says: the value that is moved, where it comes from, and what keeps it still."""
 
+import functools
 import json
 import re
 from typing import Any
 
+import equinox as eqx
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import DistributedMetrics, assert_silent, count_collectives, hlo
+from distributed_metrics import DistributedMetrics, assert_silent, collective_bytes, count_collectives, hlo
 from ways import make_mesh
 
 SEVERAL = {"data": 4, "context": 2}
@@ -171,6 +174,79 @@ def test_collectives_of_the_train_step_itself_are_not_blamed_on_the_metrics():
 class _NoMetrics:
     def update(self, **_: Any) -> None:
         pass
+
+
+def test_what_is_packed_into_a_collective_of_the_train_step_shows_in_its_bytes():
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics = DistributedMetrics({"loss": "ratio"}, mesh=mesh)
+
+    def step(weights, x, metrics=None, reduced=False):
+        def loss_fn(weights):
+            losses = jnp.square(x @ weights)
+            return losses.mean(), losses
+
+        (_, losses), gradient = jax.value_and_grad(loss_fn, has_aux=True)(weights)
+        if metrics is not None:
+            metrics.update(loss=(losses.sum() if reduced else losses, 128))
+        return weights - gradient, metrics
+
+    weights, x = put(mesh, P(), X[:8]), put(mesh, P("data"))
+    assert collective_bytes(step, weights, x) == {"all-reduce": 256}
+    assert collective_bytes(step, weights, x, metrics) == {"all-reduce": 256}
+    sends = functools.partial(step, reduced=True)
+    assert count_collectives(sends, weights, x, metrics) == count_collectives(step, weights, x)
+    assert collective_bytes(sends, weights, x, metrics) == {"all-reduce": 260}
+
+
+def test_arguments_may_hold_none():
+    mesh = make_mesh(SEVERAL, explicit=False)
+    state = {"ema": None, "metrics": DistributedMetrics({"loss": "mean"}, mesh=mesh)}
+    message = objections(lambda state, x: state["metrics"].update(loss=x), state, put(mesh, P("data", "context")))
+    assert advised(message) == {"loss": P("data", "context")}
+
+
+def test_a_shape_whose_sharding_is_not_said_is_an_error():
+    """XLA would choose one for which nothing is sent."""
+    mesh = make_mesh(SEVERAL, explicit=False)
+    lies = NamedSharding(mesh, P("data", "context"))
+
+    def make():
+        return DistributedMetrics({"loss": "mean"}, mesh=mesh)
+
+    def step(metrics, x):
+        metrics.update(loss=x)
+        return metrics
+
+    shape, known = jax.ShapeDtypeStruct(X.shape, X.dtype), jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=lies)
+    sent = {"all-reduce": 2}
+    assert count_collectives(step, make(), put(mesh, lies.spec)) == sent
+    assert count_collectives(step, nnx.eval_shape(make), known) == sent
+    said = jax.jit(step, in_shardings=(make().sharding, lies))
+    assert count_collectives(said, jax.eval_shape(make), shape) == sent
+    assert count_collectives(said.lower(jax.eval_shape(make), shape).compile()) == sent
+    for ask in (count_collectives, collective_bytes, assert_silent):
+        with pytest.raises(ValueError, match=r"The argument \[1\] is a shape without a sharding: XLA would choose one"):
+            ask(step, make(), shape)
+    with pytest.raises(
+        ValueError, match=r"The argument \[0\].sum_rows.*\n.*an object\n  nnx.eval_shape\(lambda: Distri"
+    ):
+        count_collectives(step, jax.eval_shape(make), known)
+
+
+def test_a_step_of_equinox_is_counted():
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics, x = DistributedMetrics({"loss": "mean"}, mesh=mesh), put(mesh, P("data"))
+    assert count_collectives(eqx.filter_jit(lambda metrics, x: (metrics.update(loss=x), metrics)[1]), metrics, x) == {}
+    assert count_collectives(eqx.filter_jit(lambda x: x.sum()), x) == {"all-reduce": 1}
+
+
+def test_a_step_that_holds_its_object_is_told_to_take_it_as_an_argument():
+    metrics = DistributedMetrics({"loss": "mean"})
+    step = nnx.cached_partial(nnx.jit(lambda metrics, x: metrics.update(loss=x)), metrics)
+    for ask in (count_collectives, assert_silent):
+        with pytest.raises(flax.errors.TraceContextError) as error:
+            ask(step, jnp.ones(3))
+        assert "give them as arguments" in error.value.__notes__[-1]
 
 
 def test_a_reduction_of_the_users_before_the_update_is_shown_with_its_line():

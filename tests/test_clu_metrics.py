@@ -475,6 +475,60 @@ def test_settings_are_static_and_a_change_of_them_is_an_error():
     assert metrics.compute().count["auc"] == 5 * ROWS
 
 
+WEIGHTED = [name for name, value in METRAX.items() if isinstance(value, dict) and name != "IoU"]
+
+
+@pytest.mark.parametrize("name", [*WEIGHTED, "clu"])
+@pytest.mark.parametrize("how", ["eager", "host", "jit"])
+def test_a_mask_leaves_out_examples_also_of_metrics_that_have_none(name, how):
+    kind = clu.metrics.Accuracy if name == "clu" else getattr(metrax, name)
+    given: Any = {"logits": LOGITS, "labels": CLASSES} if name == "clu" else METRAX[name]
+    arrays = {key: x for key, x in given.items() if np.shape(x)[:1] == (5 * ROWS,)}
+    settings = {key: x for key, x in given.items() if key not in arrays}
+    mask = np.arange(5 * ROWS) % 3 != 1
+    expected = kind.from_model_output(**{key: jnp.asarray(x[mask]) for key, x in arrays.items()}, **settings).compute()
+
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics = DistributedMetrics({"x": kind, "n": "count"}, mesh=mesh)
+    if how != "host":
+        arrays, on_device = jax.device_put((arrays, mask), NamedSharding(mesh, PARTS))
+    if how == "jit":
+
+        def step(metrics, arrays, mask):
+            metrics.update({"x": {**arrays, **settings}, "n": mask}, weight=mask)
+
+        nnx.jit(step)(metrics, arrays, on_device)
+        assert count_collectives(step, metrics, arrays, on_device) == {}
+    else:
+        weight = on_device if how == "eager" else mask
+        metrics.update({"x": {**arrays, **settings}, "n": weight}, weight=weight)
+    window = metrics.flush()
+    np.testing.assert_allclose(window["x"], expected, rtol=1e-4)
+    assert window.count["x"] == window["n"] == mask.sum()
+    metrics.update({"x": {**arrays, **settings}}, weight=0 * mask)
+    assert metrics.flush().flatten() == {}, "nothing was seen"
+
+
+def test_float_weights_and_nan_behind_the_mask_of_a_metric_that_has_none():
+    metrics = DistributedMetrics({"precision": metrax.Precision})
+    weight = RANDOM.uniform(0, 2, 5 * ROWS).astype(np.float32)
+    weight[:9] = 0
+    scores = np.where(weight == 0, np.nan, SCORES)
+    called = SCORES >= 0.5
+    metrics.update({"precision": {"predictions": scores, "labels": LABELS}}, weight=weight)
+    expected = np.sum(weight * called * LABELS, dtype=np.float64) / np.sum(weight * called, dtype=np.float64)
+    assert metrics.compute()["precision"] == pytest.approx(expected, rel=1e-6)
+    assert float(nnx.jit(lambda metrics: metrics.compute()["precision"])(metrics)) == pytest.approx(expected, rel=1e-6)
+    assert metrics.compute().count["precision"] == pytest.approx(weight.sum(dtype=np.float64), rel=1e-7)
+
+
+def test_results_are_read_also_where_jax_looks_for_nan():
+    metrics = DistributedMetrics({"precision": metrax.Precision})
+    with jax.debug_nans(True):
+        metrics.update({"precision": {"predictions": 0 * SCORES, "labels": LABELS}})
+        assert metrics.flush()["precision"] == 0.0
+
+
 def test_a_spec_by_keyword_says_which_array_is_no_batch():
     mesh = make_mesh({"data": 8}, explicit=False)
     metrics = DistributedMetrics({"ndcg": metrax.NDCGAtK}, mesh=mesh)
@@ -493,8 +547,13 @@ def test_what_cannot_be_right_is_an_error_that_shows_the_fix():
         TypeError, match=r"whose value is a dict of the keywords of its from_model_output\(\); got ndarr"
     ):
         metrics.update(auc=SCORES)
-    with pytest.raises(ValueError, match="takes masks and weights among its own keywords"):
-        metrics.update({"auc": BINARY, "loss": 1.0}, weight=1.0)
+    with pytest.raises(ValueError, match=r"'auc' has 160 examples, and its weight has the shape \(3,\).\n  Give one n"):
+        metrics.update({"auc": BINARY}, weight={"auc": np.ones(3)})
+    with pytest.raises(ValueError, match="'auc' has got sample_weights= among its keywords already"):
+        metrics.update({"auc": {**BINARY, "sample_weights": SCORES}}, weight={"auc": SCORES})
+    iou = DistributedMetrics({"iou": metrax.IoU})
+    with pytest.raises(ValueError, match="no weights of examples, and whose state of a batch is no sum over its"):
+        iou.update({"iou": METRAX["IoU"]}, weight=SCORES)
     with pytest.raises(TypeError, match="unexpected keyword"):
         metrics.update({"auc": {**BINARY, "lables": LABELS}})
     with pytest.raises(ValueError, match="integers beyond int32"):

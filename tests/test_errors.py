@@ -134,6 +134,13 @@ ONES = np.ones((4, 3), np.float32)
         ({"loss": {"a": 1.0}}, {}, TypeError, "the spec is a dict as well: DistributedMetrics({'loss': {...}})"),
         ({"loss": 10**400}, {}, ValueError, "the value of 'loss' is an integer beyond every float: about 2^1329."),
         ({"loss": [1.0, 2.0]}, {}, TypeError, "of a list make one: jnp.asarray(...)"),
+        (
+            {"loss": (1.0, 2.0)},
+            {},
+            TypeError,
+            "a tuple: (1.0, 2.0).\n  Of a sum and what it is divided by, the accumul",
+        ),
+        ({"loss": (ONES, ONES[0])}, {}, TypeError, "a tuple of arrays of the shapes (4, 3), (3,).\n  Of a sum"),
         ({"loss": np.array(["a"])}, {}, TypeError, "the value of 'loss' is no number: an array of <U1"),
         ({"loss": jax.random.key(0)}, {}, TypeError, "the value of 'loss' is no number: an array of key"),
         ({"loss": 1j}, {}, TypeError, "the value of 'loss' is complex (complex128)"),

@@ -103,6 +103,36 @@ def test_an_example_does_what_it_says(name, lines):
         assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
 
 
+PORTS = sorted(path.stem for path in (ROOT / "examples" / "ports").glob("*.py") if path.stem != "comparison")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PORTS)
+def test_a_port_gives_the_numbers_of_numpy_and_what_it_replaces_does_not(name):
+    """That ours are those of NumPy, and send nothing more, the port checks itself."""
+    done = run_script(f"ports/{name}.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    without, with_metrics = re.findall(r"^a step sends with\w* metrics: +(.*)$", done.stdout, re.MULTILINE)
+    assert without == with_metrics
+    rows = re.findall(r"^.{32} *(\S+) +(\S+) +(\S+)$", done.stdout.split("NumPy\n")[1], re.MULTILINE)
+    assert len(rows) >= 4
+    wrong = [by_hand for by_hand, ours, _ in rows if float(by_hand) != pytest.approx(float(ours), rel=1e-3)]
+    assert len(wrong) >= len(rows) / 2, "what is by hand should be seen to be wrong"
+
+
+@pytest.mark.parametrize("name", PORTS)
+def test_the_diff_that_is_shown_of_a_port_is_that_of_its_code_and_gets_shorter(name):
+    page, code = (ROOT / "docs" / "migrating.md").read_text(), (ROOT / "examples" / "ports" / f"{name}.py").read_text()
+    lines = {line.strip() for line in code.splitlines()}
+    assert 60 <= len(code.splitlines()) <= 120
+    section = page.split(f"[{name}.py]")[1].split("\n### ")[0]
+    [diff] = re.findall(r"^```diff\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    removed, added = ([line[1:].strip() for line in diff.splitlines() if line[0] == sign] for sign in "-+")
+    assert len(added) < len(removed)
+    assert [line for line in removed + added if line not in lines] == []
+
+
 def test_several_processes_are_started_by_one_command_and_agree():
     done = run_script("multi_process.py", "--processes", "2", "--devices", "2", "--steps", "20")
     assert done.returncode == 0, done.stdout + done.stderr

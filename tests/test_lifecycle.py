@@ -140,6 +140,42 @@ def test_an_update_inside_an_inner_trace_is_an_error_that_shows_the_way_out(tran
     assert metrics.compute().flatten() == {"x/mean": 3.0, "x/max": 3.0}
 
 
+@pytest.mark.parametrize("context", [jax.disable_jit, lambda: jax.enable_x64(False)], ids=["disable_jit", "eager"])
+def test_an_object_may_be_made_where_only_vmap_is(context):
+    def seed(x):
+        metrics = DistributedMetrics({"x": ("mean", "max")})
+        metrics.update(x=x)
+        return metrics.flush()
+
+    with context():
+        windows = jax.vmap(seed)(np.arange(6.0).reshape(3, 2))
+    assert windows["x"]["mean"].tolist() == [0.5, 2.5, 4.5]
+
+
+def test_an_object_of_shapes_says_that_it_is_one():
+    shapes = jax.eval_shape(lambda: DistributedMetrics({"loss": "mean"}))
+    for call in (shapes.flush, shapes.reset, lambda: shapes.update(loss=1.0)):
+        with pytest.raises(RuntimeError, match=r"shapes only, of jax.eval_shape or nnx.eval_shape.\n  Make a real one"):
+            call()
+
+
+def test_all_accumulators_lie_as_the_object_says(mesh):
+    spec = {"x": ("mean", "max", "std", "last"), "h": Histogram((0.0, 1.0))}
+    metrics = DistributedMetrics(spec, mesh=mesh)
+    for table in jax.tree.leaves(nnx.state(metrics)):
+        assert table.sharding.is_equivalent_to(metrics.sharding, table.ndim)
+    x = jax.device_put(np.arange(16, dtype=np.float32), NamedSharding(mesh, P("data")))
+    step = jax.jit(
+        lambda metrics, x: (metrics.update(x=x, h=x), metrics)[1],
+        in_shardings=(metrics.sharding, x.sharding),
+        out_shardings=metrics.sharding,
+        donate_argnums=0,
+    )
+    assert count_collectives(step, metrics, x) == {}
+    assert step(metrics, x).flush()["x"]["mean"] == 7.5
+    assert DistributedMetrics(spec).sharding is None
+
+
 def test_compute_inside_a_jitted_function_that_captured_the_object_is_a_constant_of_it():
     metrics = DistributedMetrics(SPEC, mesh=make_mesh({"data": 8}, explicit=False))
     metrics.update(x=3.0)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import distributed_metrics.metrics
 import distributed_metrics.snapshot
-from distributed_metrics import DistributedMetrics, Histogram, eager
+from distributed_metrics import DistributedMetrics, Histogram, eager, hlo
 from distributed_metrics.audit import compiled_text
 from ways import make_mesh
 
@@ -194,6 +194,22 @@ def instructions(kind, k, batch=4096):
 )
 def test_an_update_executes_the_same_few_instructions_for_any_number_of_metrics(kind, most):
     assert instructions(kind, 20) == instructions(kind, 60) <= most
+
+
+@pytest.mark.parametrize("kind", ["mean", "std", "last"])
+def test_updates_one_after_another_in_a_program_are_not_worked_out_again_in_each_other(kind):
+    """Of microbatches in a Python loop, say: in one fusion XLA would repeat the first in each of the others."""
+    metrics = DistributedMetrics({"x": kind}, mesh=MESH)
+
+    def largest_computation(updates):
+        def step(metrics, x):
+            for k in range(updates):
+                metrics.update(x=x + k)
+
+        computations = hlo.parsed(compiled_text(step, metrics, put(np.zeros(64, np.float32)))).computations
+        return max(len(instructions) for name, instructions in computations.items() if "fused" in name)
+
+    assert largest_computation(6) < 2 * largest_computation(2)
 
 
 def test_a_flush_is_one_program_and_one_copy(monkeypatch):

@@ -377,15 +377,25 @@ def test_derive_stops_a_run_and_the_numbers_that_it_saw_are_written():
 
 def test_derive_at_the_end_of_a_run_is_heard_as_well():
     metrics = DistributedMetrics({"loss": "mean"})
-    with pytest.raises(KeyError), PeriodicFlush(metrics, 2, derive=lambda numbers, window: numbers["los"]) as flusher:
+    with (
+        pytest.raises(KeyError) as error,
+        PeriodicFlush(metrics, 2, derive=lambda numbers, _: numbers["los"]) as flusher,
+    ):
         loop(flusher, metrics, range(2))
+    assert "step 1." in error.value.__notes__[0]
+    with (
+        pytest.raises(KeyError) as error,
+        PeriodicFlush(metrics, 2, derive=lambda numbers, _: numbers["loss"]) as flusher,
+    ):
+        flusher(1)
+    assert "step 1, which saw nothing of that name: numbers.get(name) is None then." in error.value.__notes__[0]
     with pytest.raises(TypeError, match="gives a mapping"), PeriodicFlush(metrics, 2, derive=lambda *_: 3.0) as flusher:
         loop(flusher, metrics, range(2))
 
 
 def test_derive_does_not_replace_a_number():
     metrics = DistributedMetrics({"loss": "mean"})
-    with pytest.raises(ValueError, match="has that number already"):
+    with pytest.raises(ValueError, match="that number is there already"):
         with PeriodicFlush(metrics, 2, derive=lambda numbers, window: {"loss": 0.0}) as flusher:
             loop(flusher, metrics, range(2))
 
@@ -443,9 +453,19 @@ def test_write_takes_snapshots_and_nested_mappings_with_arrays():
         flusher.write(8, {"a": {"b": jnp.float32(1.5)}, "c": scores, "d": True}, prefix="")
         scores[:] = 0
         flusher.write(9, {})
+        metrics.update(loss=2.0)
+        flusher.write(
+            9,
+            metrics.flush(),
+            "eval/a/",
+            derive=lambda numbers, seen: {"n": seen.count["loss"]} | {"double": 2 * numbers["loss"]},
+        )
+        flusher.write(9, {"b": 1}, derive=lambda numbers, seen: {"c": numbers["b"], "seen": seen is not None})
     assert memory.written == [
         (7, {"eval/loss": 0.5}),
         (8, {"a/b": 1.5, "c/0": 1.0, "c/1": 2.0, "d": 1.0}),
+        (9, {"eval/a/loss": 2.0, "eval/a/n": 1.0, "eval/a/double": 4.0}),
+        (9, {"eval/b": 1.0, "eval/c": 1.0, "eval/seen": 0.0}),
     ]
 
 
@@ -479,6 +499,10 @@ def test_misuse_is_an_error_that_shows_the_way():
             flusher(0, tokens=3)
         with pytest.raises(TypeError, match="got list"):
             flusher.write(0, [1.0])
+        with pytest.raises(TypeError, match=r"got DistributedMetrics.\n  Of metrics: metrics.flush\(\)"):
+            flusher.write(0, metrics)
+        with pytest.raises(RuntimeError, match="another one that is open flushes the same object"):
+            PeriodicFlush(metrics, 3).__enter__()
         flusher(0)
         with pytest.raises(ValueError, match="the last step was 0"):
             flusher(0)

@@ -281,6 +281,27 @@ def inside_a_train_state(d: Any, path: pathlib.Path) -> Any:
     return serialization.from_bytes(empty, (path / "state").read_bytes()).metrics
 
 
+def test_a_train_state_with_the_object_in_it_is_saved_under_the_names_of_its_metrics():
+    @struct.dataclass
+    class TrainState:
+        params: Any
+        metrics: DistributedMetrics
+
+    eight, two = (make_mesh({"data": n}, explicit=False) for n in (8, 2))
+    metrics = DistributedMetrics({"a": ("mean", "max"), "b": "sum"}, mesh=eight)
+    metrics.update(a=np.arange(16.0), b=3)
+    saved = serialization.to_bytes(TrainState(jnp.ones(3), metrics))
+    other = DistributedMetrics({"a": ("mean", "max"), "b": "sum"}, mesh=two)
+    other.update(a=99.0)
+    restored = serialization.from_bytes(TrainState(jnp.zeros(3), other), saved)
+    restored.metrics.update(b=1)
+    assert restored.metrics.flush().flatten() == {"a/mean": 7.5, "a/max": 15.0, "b": 4.0}
+    assert other.flush()["a"]["max"] == 99.0, "the template is left alone"
+    renamed = TrainState(jnp.zeros(3), DistributedMetrics({"a": ("mean", "max"), "c": "sum"}, mesh=two))
+    with pytest.raises(ValueError, match="the snapshot is of another spec"):
+        serialization.from_bytes(renamed, saved)
+
+
 THROUGH = {
     "nothing": lambda d, path: d,
     "json": lambda d, path: json.loads(json.dumps(lists(d))),

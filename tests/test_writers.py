@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 
+import jax
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
@@ -471,6 +472,20 @@ def test_a_function_of_the_shape_of_wandb_log_is_adapted():
     writer.flush()
     writer.close()
     assert calls == [(dict, {"a": 1.0}, 2)]
+
+
+def test_a_function_of_the_shape_of_jax_monitoring_is_adapted():
+    heard = []
+    listener = lambda event, value, **given: heard.append((event, value, given))  # noqa: E731 (to unregister it)
+    jax.monitoring.register_scalar_listener(listener)
+    as_writer(jax.monitoring.record_scalar).write_scalars(3, {"a": 1.0, "b": 2.0})
+    jax.monitoring.unregister_scalar_listener(listener)
+    assert heard == [("a", 1.0, {"step": 3}), ("b", 2.0, {"step": 3})]
+
+
+def test_a_function_that_cannot_be_called_with_numbers_is_an_error_at_once():
+    with pytest.raises(TypeError, match=r"got a function \(numbers\), which takes no metrics"):
+        as_writer(lambda numbers: None)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, {"write_scalars": print}, json])

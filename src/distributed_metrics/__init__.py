@@ -15,7 +15,7 @@ from distributed_metrics.accumulators import (
     Sum,
     Var,
 )
-from distributed_metrics.audit import assert_silent, count_collectives
+from distributed_metrics.audit import assert_silent, collective_bytes, count_collectives
 from distributed_metrics.data_parallel import DataParallel
 from distributed_metrics.mesh import DeviceMeshManager
 from distributed_metrics.metrics import DistributedMetrics
@@ -54,6 +54,7 @@ __all__ = [
     "all_gather",
     "assert_silent",
     "collect_from_devices",
+    "collective_bytes",
     "count_collectives",
     "flush_every",
     "reduce_custom",

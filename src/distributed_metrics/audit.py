@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax
+import jax
 from flax import nnx
 
 from distributed_metrics import hlo
@@ -16,31 +18,64 @@ _MOST_SHOWN = 6
 
 
 def _compiled(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The function lowered and compiled.
+
+    Raises:
+        ValueError: a shape whose sharding is not known: XLA would choose one for which nothing has to be sent.
+    """
     jitted = fn if hasattr(fn, "lower") else nnx.jit(fn)
-    lowered = jitted.lower(*args, **kwargs)
-    return lowered, lowered.compile()
+    try:
+        lowered = jitted.lower(*args, **kwargs)
+        lowered = getattr(lowered, "lowered", lowered)  # equinox.filter_jit wraps it
+    except flax.errors.TraceContextError as error:
+        error.add_note(
+            "The function holds nnx objects (of a closure, or of nnx.cached_partial): give them as arguments."
+        )
+        raise
+    compiled = lowered.compile()
+    _require_shardings(args, kwargs, lowered, compiled)
+    return lowered, compiled
+
+
+def _require_shardings(args: Sequence[Any], kwargs: Mapping[str, Any], lowered: Any, compiled: Any) -> None:
+    given = jax.tree.leaves_with_path((args, kwargs))
+    unsaid = [path for path, one in given if isinstance(one, jax.ShapeDtypeStruct) and one.shape and not one.sharding]
+    if not unsaid or not any(len(one.device_set) > 1 for one in jax.tree.leaves(compiled.input_shardings)):
+        return
+    signature = re.search(r"func public @main\((.*)\) ->", lowered.as_text())
+    taken = re.split(r"%arg\d+: ", signature[1])[1:] if signature else []
+    if any("sharding" not in one for one in taken):  # in_shardings= has not said it either
+        name = jax.tree_util.keystr(unsaid[0][1:])
+        raise ValueError(
+            f"The argument {name} is a shape without a sharding: XLA would choose one for which nothing is sent.\n"
+            "  Say how it lies: jax.ShapeDtypeStruct(shape, dtype, sharding=...), or in_shardings= of the function; of "
+            "an object\n  nnx.eval_shape(lambda: DistributedMetrics({...}, mesh=mesh)), which keeps shardings."
+        )
 
 
 def compiled_text(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """The optimized HLO of ``fn(*args, **kwargs)``; nothing is run.
 
     Args:
-        fn: a function of arrays and nnx objects, jitted (``jax.jit``, ``nnx.jit``, ``jax.pmap``, ...) or not.
-        *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``).
+        fn: a function of arrays and nnx objects, jitted (``jax.jit``, ``nnx.jit``, ``jax.pmap``, ...) or not; or what
+            was compiled of one: ``jax.jit(f).lower(x).compile()``.
+        *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``); none of what is compiled.
     """
-    return _compiled(fn, args, kwargs)[1].as_text()
+    compiled = fn if isinstance(fn, jax.stages.Compiled) else _compiled(fn, args, kwargs)[1]
+    return str(compiled.as_text())
 
 
 def count_collectives(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
     """How many collectives of each kind the compiled ``fn(*args, **kwargs)`` holds; nothing is run.
 
     Args:
-        fn: a function of arrays and nnx objects, jitted (``jax.jit``, ``nnx.jit``, ``jax.pmap``, ...) or not.
-        *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``).
+        fn: a function of arrays and nnx objects, jitted (``jax.jit``, ``nnx.jit``, ``jax.pmap``, ...) or not; or what
+            was compiled of one: ``jax.jit(f).lower(x).compile()``.
+        *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``); none of what is compiled.
 
     Returns:
-        For example ``{"all-reduce": 1}``; empty where the program sends nothing. A collective inside a loop counts
-        once.
+        For example ``{"all-reduce": 1}``, also where that is of several arrays; empty where the program sends nothing.
+        A collective inside a loop counts once.
 
     >>> import jax.numpy as jnp
     >>> from distributed_metrics import DistributedMetrics
@@ -51,6 +86,33 @@ def count_collectives(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict
     return _counted(compiled_text(fn, *args, **kwargs))
 
 
+def collective_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
+    """How many bytes the collectives of each kind bring to a device in the compiled ``fn(*args, **kwargs)``.
+
+    To hold a whole train step to what it sends without metrics: XLA packs small arrays into a collective that is there
+    already, which ``count_collectives`` does not show.
+
+    Args:
+        fn: a function of arrays and nnx objects, jitted (``jax.jit``, ``nnx.jit``, ``jax.pmap``, ...) or not; or what
+            was compiled of one: ``jax.jit(f).lower(x).compile()``.
+        *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``); none of what is compiled.
+
+    Returns:
+        For example ``{"all-reduce": 1040}``, the sizes of the results of its all-reduces; empty where the program sends
+        nothing. A collective inside a loop counts once.
+
+    >>> import jax
+    >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    >>> x = jax.device_put(jax.numpy.ones(16), NamedSharding(Mesh(jax.devices(), ("data",)), P("data")))
+    >>> collective_bytes(jax.numpy.sum, x)
+    {'all-reduce': 4}
+    """
+    sizes: collections.Counter[str] = collections.Counter()
+    for match in _COLLECTIVE.finditer(compiled_text(fn, *args, **kwargs)):
+        sizes[match["operation"]] += hlo.bytes_of(match["type"])
+    return dict(sizes)
+
+
 def _counted(text: str) -> dict[str, int]:
     return dict(collections.Counter(match["operation"] for match in _COLLECTIVE.finditer(text)))
 
@@ -58,7 +120,7 @@ def _counted(text: str) -> dict[str, int]:
 def assert_silent(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Assert that the compiled ``fn(*args, **kwargs)`` holds no collective; nothing is run.
 
-    It is for an update on its own. A whole train step has collectives of its own: compare ``count_collectives`` of the
+    It is for an update on its own. A whole train step has collectives of its own: compare ``collective_bytes`` of the
     step with and without metrics, and ask this function about the update where they differ.
 
     Args:

@@ -92,6 +92,7 @@ class Written:
     step: int
     numbers: Snapshot | Mapping[str, Any]
     prefix: str
+    derive: Callable[[dict[str, float], Any], Mapping[str, float] | None] | None = None
 
 
 Delivered = Window | Written | Moment

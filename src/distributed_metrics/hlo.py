@@ -3,6 +3,7 @@
 XLA prints computations of instructions, ``%name = type operation(%operands), attributes``, and tables of stack frames.
 """
 
+import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ COLLECTIVES = (
     "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 )
 _COLLECTIVE = re.compile(rf"({COLLECTIVES})(?:-start)?")
+_ARRAY = re.compile(r"[a-z]\w*\[[\d,<=]*\]")
 _CALLS = {"fusion", "call", "async-start", "custom-call"}
 """Operations whose called computation takes their operands and gives their result. (That of a reduction does not.)"""
 
@@ -59,7 +61,7 @@ class Instruction:
     @property
     def types(self) -> list[str]:
         """The dtype and shape of each part of its result, ``f32[4,8]``."""
-        return re.findall(r"[a-z]\w*\[[\d,<=]*\]", self.type)
+        return _ARRAY.findall(self.type)
 
 
 class Node(NamedTuple):
@@ -197,6 +199,20 @@ class Program:
             for source in self.before(node):
                 after[source].append(node)
         return dict(after)
+
+
+def bytes_of(type: str) -> int:
+    """The size of an array, or of all in a tuple.
+
+    >>> bytes_of("(f32[4,8]{1,0}, /*index=1*/bf16[], pred[3]{0})")
+    133
+    """
+    total = 0
+    for one in _ARRAY.findall(type):
+        dtype, _, dims = one.rstrip("]").partition("[")
+        bits = re.search(r"\d+", dtype)
+        total += math.prod(int(dim) for dim in re.findall(r"\d+", dims)) * (int(bits[0]) if bits else 8) // 8
+    return total
 
 
 def parsed(text: str) -> Program:

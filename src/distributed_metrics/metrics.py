@@ -3,6 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import flax
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from distributed_metrics import eager, heads, meeting, reducers, rows
 from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
+from distributed_metrics.accumulators.clu_weight import weighted
 from distributed_metrics.contributions import Feed
 from distributed_metrics.gathering import Gathering, gathering_of
 from distributed_metrics.placement import Situation, by_process, of_this_process, on_device, row_sharding, situation_of
@@ -123,6 +125,8 @@ class DistributedMetrics(nnx.Module):
         mesh: where the accumulators live, one row for each device. Default: the mesh of ``jax.set_mesh``; without one,
             a single row.
         axis_name: the mesh axes that rows spread over, and that a mapped ``compute`` reduces over. Default: all.
+            ``()``: none. The object then is one row, and devices that are mapped have nothing to do with each other:
+            for a population (of seeds, say) whose members lie on different devices.
         nan_policy: ``"propagate"``: a NaN makes NaN of the metrics that saw it, and of no other. ``"ignore"``: elements
             that are not finite are left out and counted, see ``Snapshot.nonfinite``; of a ratio, both parts.
 
@@ -174,6 +178,16 @@ class DistributedMetrics(nnx.Module):
         """The mesh on which the accumulators live; None where there is a single row."""
         return self._layout.mesh
 
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """How all accumulators lie, for ``in_shardings`` and ``out_shardings``; None where there is a single row.
+
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> DistributedMetrics({"loss": "mean"}, mesh=mesh).sharding.spec[0]
+        'data'
+        """
+        return None if self._layout.mesh is None else NamedSharding(self._layout.mesh, PartitionSpec(self._layout.axes))
+
     def update(
         self, metrics: Mapping[str, Any] | None = None, /, *, weight: Any = None, spec: Any = None, **named: Any
     ) -> None:
@@ -209,6 +223,11 @@ class DistributedMetrics(nnx.Module):
             if isinstance(accumulator, CluMetric):
                 values[name] = keywords_of(name, accumulator, value)
         weights = by_name(self._plan, weight, "weight", values)
+        for name in [name for name in values if weights.get(name) is not None]:
+            accumulator = self._plan.metrics[self._plan.values[name][0]].accumulator
+            if isinstance(accumulator, CluMetric):
+                examples = clu_metric.batch_size(values[name])
+                values[name] = weighted(name, accumulator.metric, values[name], weights.pop(name), examples)
         specs = by_name(self._plan, spec, "spec", values)
         if not values:
             return
@@ -220,7 +239,7 @@ class DistributedMetrics(nnx.Module):
             if situation.elsewhere:
                 return
             if situation.eager and any(map(is_traced, jax.tree.leaves((values, weights)))):
-                raise flax.errors.TraceContextError(_outer_trace(f"update({', '.join(values)})"))
+                situation = replace(situation, eager=False)  # under vmap alone fresh rows are no part of the trace
             if not situation.eager:  # metrics have no gradients, and integer arithmetic on bits could not give any
                 values, weights = _each(_without_gradient, values), _each(_without_gradient, weights)
             elif len(self._layout.processes) > 1:
@@ -440,6 +459,11 @@ class DistributedMetrics(nnx.Module):
 
     def _tables(self) -> Tables:
         tables = {name: getattr(self, variable_of(name)).get_raw_value() for name in self._plan.tables}
+        if any(isinstance(table, jax.ShapeDtypeStruct) for table in tables.values()):
+            raise RuntimeError(
+                "DistributedMetrics: this object has shapes only, of jax.eval_shape or nnx.eval_shape.\n"
+                "  Make a real one, with the same arguments or by jax.jit(make, out_shardings=...)()."
+            )
         if any(
             isinstance(table, jax.Array) and not is_traced(table) and table.is_deleted() for table in tables.values()
         ):
@@ -530,7 +554,8 @@ def _each(change: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {name: _each(change, branch) for name, branch in tree.items()}
     if isinstance(tree, tuple | list):
-        return tuple(_each(change, branch) for branch in tree)
+        branches = [_each(change, branch) for branch in tree]
+        return branches if isinstance(tree, list) else tuple(branches)
     return change(tree)
 
 
@@ -543,9 +568,22 @@ def _outer_trace(method: str) -> str:
     return (
         f"metrics.{method}: the accumulators belong to an outer trace, and cannot be changed from inside this one "
         "(a jitted function that captured the object; jax.grad, nnx.value_and_grad, vmap, scan or cond).\n"
-        "  Pass the object into a jitted function as an argument. Of jax.grad return the values, and update outside:\n"
-        "  (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model); metrics.update(aux)"
+        "  Pass the object into a jitted function as an argument, and carry it through a scan.\n"
+        "  Of jax.grad return the values, as of vmap, and update outside:\n"
+        "  (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model); metrics.update(aux)\n"
+        "  Instead of a cond: metrics.update(loss=loss, weight=condition), or nnx.cond with the object as an operand."
     )
+
+
+def _restored(metrics: DistributedMetrics, saved: Mapping[str, Any]) -> DistributedMetrics:
+    new = jax.tree.map(lambda table: table, metrics)
+    new.reset()
+    new.merge(Snapshot.from_dict(saved))
+    return new
+
+
+# So that a train state of Linen with the object in it can be saved as it is, under the names of the metrics.
+flax.serialization.register_serialization_state(DistributedMetrics, lambda x: x.compute().to_dict(), _restored)
 
 
 def _is_whole(tables: Tables) -> bool:

@@ -78,7 +78,8 @@ def arguments_of(
     """The arguments by the names of their instructions. (A program leaves out those that it does not need.)"""
     parameters = list(inspect.signature(fn).parameters)
     infos = jax.tree.leaves_with_path(lowered.args_info, is_leaf=lambda one: hasattr(one, "donated"))
-    shardings = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda one: one is None)
+    tree: Any = jax.tree.structure(lowered.args_info, is_leaf=lambda one: hasattr(one, "donated"))
+    shardings = tree.flatten_up_to(compiled.input_shardings)  # None where the program does not take an argument
     known = {}
     for (path, info), sharding in zip(infos, shardings, strict=True):
         spec = sharding.spec if isinstance(sharding, NamedSharding) else None

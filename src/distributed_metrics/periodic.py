@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -27,7 +28,9 @@ from distributed_metrics.writers import MetricWriter, as_writer
 
 _LOG = logging.getLogger(__name__)
 
-Derive = Callable[[dict[str, float], Snapshot], Mapping[str, float] | None]
+_OPEN: "weakref.WeakSet[PeriodicFlush]" = weakref.WeakSet()  # those whose block has been entered and not left
+
+Derive = Callable[[dict[str, float], Any], Mapping[str, float] | None]
 
 
 class PeriodicFlush:
@@ -61,6 +64,7 @@ class PeriodicFlush:
 
     Raises:
         TypeError, ValueError: no such metrics; a rate that is no sum or count; something that cannot write.
+        RuntimeError: on entering the block, another block that is open flushes the same object.
 
     >>> from distributed_metrics.writers import MemoryWriter
     >>> metrics, memory = DistributedMetrics({"loss": "mean"}), MemoryWriter()
@@ -113,12 +117,20 @@ class PeriodicFlush:
         self._failures: list[Exception] = []  # what writers raised
         self._out_of_step: OutOfStepError | None = None
         self._warned = False
+        self._stopped = False  # by derive, which is not asked again
 
     # --- the loop ---
 
     def __enter__(self) -> "PeriodicFlush":
         if self._thread is not None:
             raise RuntimeError("PeriodicFlush: this one was entered before; make a new one for another loop.")
+        if any(other._metrics is self._metrics for other in _OPEN):
+            raise RuntimeError(
+                "PeriodicFlush: another one that is open flushes the same object, and each would take windows from the "
+                "other.\n  Give one of them all writers; for longer windows add up snapshots: flusher.total(), or a "
+                "writer of your own."
+            )
+        _OPEN.add(self)
         self._thread = Background(self._deliver)
         return self
 
@@ -156,13 +168,17 @@ class PeriodicFlush:
             self._end_window()
         self._raise_failure()
 
-    def write(self, step: int, numbers: Snapshot | Mapping[str, Any], prefix: str = "eval") -> None:
+    def write(
+        self, step: int, numbers: Snapshot | Mapping[str, Any], prefix: str = "eval", *, derive: Derive | None = None
+    ) -> None:
         """Write other numbers through the same writers, after what was handed over before.
 
         Args:
             step: the step that they belong to.
             numbers: a snapshot, or a (nested) mapping of names to numbers or arrays; read in the background.
             prefix: put before their names, in place of that of the windows.
+            derive: called with the flat floats and the snapshot (of a mapping: None), where they are written; returns
+                more floats by name, or None. What it raises surfaces as what a writer raises.
 
         Raises:
             TypeError: neither of the two.
@@ -170,9 +186,10 @@ class PeriodicFlush:
         """
         thread = self._require_open()
         if not isinstance(numbers, Mapping):
-            raise TypeError(f"flusher.write() takes a Snapshot or a mapping, got {type(numbers).__name__}.")
+            hint = "\n  Of metrics: metrics.flush()" if isinstance(numbers, DistributedMetrics) else ""
+            raise TypeError(f"flusher.write() takes a Snapshot or a mapping, got {type(numbers).__name__}.{hint}")
         held = numbers if isinstance(numbers, Snapshot) else dict(_leaves(numbers))
-        thread.put(Written(_host_step(step), held, prefix))
+        thread.put(Written(_host_step(step), held, prefix, derive))
         self._raise_failure()
 
     @contextlib.contextmanager
@@ -247,6 +264,7 @@ class PeriodicFlush:
             self._failures.append(late)
         finally:
             self._closed = True
+            _OPEN.discard(self)
             thread.finish()
             if self._derive is not None and not self._alone and everywhere and self._ended is not None:
                 with contextlib.suppress(Exception):  # it is in self._stops
@@ -275,6 +293,7 @@ class PeriodicFlush:
         self._numbers_of(window)
         if window.stop is not None:
             self._stops.append(window.stop)
+            self._stopped = True
             raise window.stop
 
     def _flush(self) -> Snapshot:
@@ -308,6 +327,7 @@ class PeriodicFlush:
         if self._alone:
             for errors in (self._stops, self._failures):
                 if errors:
+                    self._stopped |= errors is self._stops
                     raise errors.pop(0)
 
     # --- in the background ---
@@ -324,10 +344,11 @@ class PeriodicFlush:
                     if what.stop is not None and self._alone:
                         self._stops.append(what.stop)
                 self._epoch.shorten()
-            elif self._writes and isinstance(what.numbers, Snapshot):
-                self._write(what.step, what.numbers.flatten(), what.numbers, what.prefix)
             elif self._writes:
-                self._write(what.step, dict(_floats(what.numbers)), None, what.prefix)
+                snapshot = what.numbers if isinstance(what.numbers, Snapshot) else None
+                numbers = dict(_floats(what.numbers)) if snapshot is None else snapshot.flatten()
+                numbers |= _derived(what.derive, numbers, snapshot)
+                self._write(what.step, numbers, snapshot, what.prefix)
         except OutOfStepError as error:
             self._out_of_step = error
         except Exception as error:
@@ -355,27 +376,16 @@ class PeriodicFlush:
                     numbers["steps_per_sec"] = window.steps / seconds
                     numbers |= {f"{name}_per_sec": numbers.get(name, 0.0) / seconds for name in self._rates}
                 try:
-                    numbers |= self._derived(dict(numbers), snapshot)
+                    numbers |= _derived(None if self._stopped else self._derive, numbers, snapshot)
                 except Exception as error:
+                    missing = isinstance(error, KeyError) and error.args[0] in snapshot.flatten(empty="nan")
                     error.add_note(
-                        f"PeriodicFlush: raised by derive, for the window that ended with step {window.step}."
+                        f"PeriodicFlush: raised by derive, for the window that ended with step {window.step}"
+                        + (", which saw nothing of that name: numbers.get(name) is None then." if missing else ".")
                     )
                     window.stop = error
                 window.numbers = numbers
             return window.numbers
-
-    def _derived(self, numbers: dict[str, float], window: Snapshot) -> dict[str, float]:
-        derived = None if self._derive is None else self._derive(numbers, window)
-        if derived is None:
-            return {}
-        if not isinstance(derived, Mapping):
-            raise TypeError(f"derive() gives a mapping of names to floats, or None; it gave {type(derived).__name__}.")
-        for name in derived:
-            if name in numbers:
-                raise ValueError(
-                    f"derive() gave {name!r}, and the window has that number already. Give it another name."
-                )
-        return {str(name): float(number) for name, number in derived.items()}
 
     def _write(self, step: int, numbers: dict[str, float], snapshot: Snapshot | None, prefix: str) -> None:
         if not self._writes or not numbers:
@@ -455,6 +465,18 @@ def _known_rates(metrics: DistributedMetrics, rates: Iterable[str]) -> tuple[str
     return rates
 
 
+def _derived(derive: Derive | None, numbers: dict[str, float], snapshot: Snapshot | None) -> dict[str, float]:
+    derived = None if derive is None else derive(dict(numbers), snapshot)
+    if derived is None:
+        return {}
+    if not isinstance(derived, Mapping):
+        raise TypeError(f"derive() gives a mapping of names to floats, or None; it gave {type(derived).__name__}.")
+    for name in derived:
+        if name in numbers:
+            raise ValueError(f"derive() gave {name!r}, and that number is there already. Give it another name.")
+    return {str(name): float(number) for name, number in derived.items()}
+
+
 def _host_step(step: Any) -> int:
     if isinstance(step, bool) or not isinstance(step, int | np.integer):
         raise TypeError(
@@ -465,7 +487,7 @@ def _host_step(step: Any) -> int:
 
 
 def _joined(prefix: str, name: str) -> str:
-    return prefix + SEPARATOR + name if prefix else name
+    return prefix.removesuffix(SEPARATOR) + SEPARATOR + name if prefix else name
 
 
 def _leaves(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,7 +59,8 @@ def placed(name: str, array: Value, shape: tuple[int, ...], asked: Any, situatio
             '  For example: spec=P(("data", "fsdp"), "context")'
         )
     if not view.global_axes:
-        whole = situation.layout.mesh is not None or _is_on_one_device(name, array)
+        told = asked is not None and not spec_axes(asked)
+        whole = situation.layout.mesh is not None or _is_on_one_device(name, array, situation.layout.alone or told)
         return array, P() if whole else None
     own = _own_spec(name, array, situation)
     if asked is not None and len(shape):
@@ -161,10 +162,11 @@ def _concrete_mesh(situation: Situation) -> Mesh:
     return mesh if isinstance(mesh, Mesh) else jax.sharding.get_mesh()
 
 
-def _is_on_one_device(name: str, array: Value) -> bool:
+def _is_on_one_device(name: str, array: Value, is_told: bool) -> bool:
     """Whether a value for an object of one row lies on one device.
 
-    Under ``jit`` on Auto axes several devices may hold it (they are seen, its partition is not): XLA then reduces it.
+    Under ``jit`` on Auto axes several devices may hold it (they are seen, its partition is not): XLA then reduces it,
+    unless we are told that each has it whole, as the members of a population have.
 
     Raises:
         ValueError: it is seen to be held by several devices, each of which should have a row.
@@ -174,6 +176,15 @@ def _is_on_one_device(name: str, array: Value) -> bool:
     if is_traced(array):
         mesh = jax.typeof(array).sharding.mesh
         devices = 1 if mesh.empty else mesh.size
+        explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
+        if is_told and not explicit:
+            return True
+        if is_told and devices > 1:
+            raise ValueError(
+                f"metrics.update(): {name!r} lies on the Explicit axes {mesh.axis_names}, and a vmap hides which.\n"
+                f"  Map the members over them: jax.shard_map(jax.vmap(train), in_specs=P({mesh.axis_names[0]!r}), "
+                f"out_specs=P({mesh.axis_names[0]!r}))"
+            )
         if devices > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types):
             return False
     else:
@@ -182,7 +193,7 @@ def _is_on_one_device(name: str, array: Value) -> bool:
         raise ValueError(
             f"metrics.update(): {name!r} lives on {devices} devices, and this object has one row, on one device.\n"
             "  Give each device a row: DistributedMetrics({...}, mesh=mesh), or make the object under "
-            "jax.set_mesh(mesh)."
+            "jax.set_mesh(mesh). If it is one of a population: DistributedMetrics({...}, axis_name=())"
         )
     return True
 

@@ -179,6 +179,7 @@ def parse(spec: Mapping[str, Any] | None, ignores: bool = False) -> Plan:
         raise TypeError(
             f"DistributedMetrics() takes a dict of names to what is accumulated, not {type(spec).__name__}: {spec!r}.\n"
             '  For example: DistributedMetrics({"loss": "mean", "tokens": "sum"})'
+            + (f"\n  {hint}" if (hint := clu_metric.hint(spec)) else "")
         )
     metrics = tuple(_metrics_of(spec, ()))
     _check_names(metrics)

@@ -128,7 +128,8 @@ def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, array
     given = [feed.take(arrays) for feed in known]
     if view.explicit:  # a weight follows its value
         given = jax.tree.map(partial(_resharded, view), given, specs)
-    before = {table: tables[table] for table in touched}
+    # A program of several updates must not become one fusion: XLA would work out the first again in each of the others.
+    before = lax.optimization_barrier({table: tables[table] for table in touched})
     after = _on_rows(view, local, (row_spec, specs, P()), row_spec)(before, given, [block.fields for block in outer])
     return {**tables, **after}
 
@@ -249,8 +250,10 @@ def fresh(plan: Plan, layout: Layout) -> Tables:
     mapped = tuple(axis for axis in layout.axes if axis in context.manual_axes)
     spread = tuple(axis for axis in layout.axes if axis not in mapped)
 
+    varying = tuple(context.manual_axes) if layout.alone else mapped + spread
+
     def local() -> Tables:
-        return {table: row[None] for table, row in _local_fresh(plan, mapped + spread).items()}
+        return {table: row[None] for table, row in _local_fresh(plan, varying).items()}
 
     if layout.mesh is None or not spread:
         return local()

@@ -69,7 +69,10 @@ class Snapshot(Mapping[str, Any]):
             known = list(self)
             hint = did_you_mean(str(key), known)
             if not isinstance(key, str):
-                hint = f" Of stacked windows or a population, take one: jax.tree.map(lambda x: x[{key!r}], snapshot)"
+                hint = (
+                    f" Of stacked windows or a population, take one: jax.tree.map(lambda x: x[{key!r}], snapshot), or "
+                    "all: snapshot.unstack()"
+                )
             for metric in self._plan.metrics:
                 if key in (metric.name, metric.value):
                     hint = f" A nested result is read by one key at a time: snapshot{show_path(metric.path)}"
@@ -126,6 +129,7 @@ class Snapshot(Mapping[str, Any]):
                 "  Return the snapshot from the jitted function, and flatten it outside."
             )
         flat: dict[str, float] = {}
+        prefix = prefix.removesuffix(sep)
         outside = self._by_metric(_outside_of)
         for i, (metric, weight) in enumerate(zip(self._plan.metrics, self._weights(), strict=True)):
             if isinstance(metric.accumulator, portable.Stored):
@@ -293,7 +297,8 @@ class Snapshot(Mapping[str, Any]):
             )
         merges = self._plan.tables
         if is_traced(self._words) or is_traced(other._words):
-            in_trace, added = self._merged_parts(), other._merged_parts()
+            # A long sum must not become one fusion: XLA would work out the first terms again in each of the others.
+            in_trace, added = jax.lax.optimization_barrier(self._merged_parts()), other._merged_parts()
             parts = {table: merges[table].after(in_trace[table], added[table]) for table in merges}
             return Snapshot(self._plan, join_words(self._plan, parts, jnp))
         mine, theirs = self._tables(), other._tables()
@@ -306,6 +311,31 @@ class Snapshot(Mapping[str, Any]):
     def __radd__(self, other: Any) -> "Snapshot":
         """``sum(snapshots)`` starts from 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def unstack(self) -> list["Snapshot"]:
+        """The snapshots along the first dim that ``vmap`` or ``scan`` put in front: windows, or members.
+
+        On the host, all are fetched at once. ``sum(windows.unstack())`` is all of them together; never average or add
+        up the arrays of a snapshot (``jax.tree.map(jnp.mean, windows)``): they are no results yet.
+
+        Raises:
+            ValueError: there is no such dim.
+
+        >>> from distributed_metrics import DistributedMetrics
+        >>> def window(metrics, losses):
+        ...     metrics.update(loss=losses)
+        ...     return metrics, metrics.flush()
+        >>> metrics = DistributedMetrics({"loss": ("mean", "max")})
+        >>> _, windows = jax.lax.scan(window, metrics, jnp.array([[1.0, 2.0], [3.0, 8.0]]))
+        >>> [window["loss"]["mean"] for window in windows.unstack()], sum(windows.unstack())["loss"]["max"]
+        ([1.5, 5.5], 8.0)
+        """
+        if not self._lead():
+            raise ValueError(
+                "Snapshot.unstack(): this is one snapshot, with no dims in front that vmap or scan put there."
+            )
+        words = self._fetched() if isinstance(self._words, jax.Array) and not is_traced(self._words) else self._words
+        return [Snapshot(self._plan, words[i], self._gathering) for i in range(self._lead()[0])]
 
     def per_device(self, name: str) -> np.ndarray:
         """The result of each row on its own, to find stragglers.
@@ -357,19 +387,28 @@ class Snapshot(Mapping[str, Any]):
         """The dims that ``vmap`` or ``scan`` put in front of the results."""
         return np.shape(self._words)[: -1 if self._gathering is None else -2]
 
+    def _fetched(self) -> np.ndarray:
+        if isinstance(self._words, jax.Array):
+            if not (self._words.is_fully_addressable or self._words.is_fully_replicated):
+                raise RuntimeError(
+                    "Snapshot: its members lie on devices of several processes, and none can read all of them.\n"
+                    "  Return it replicated: jax.jit(..., out_shardings=NamedSharding(mesh, P())), or P() for it alone."
+                )
+            self._words = on_host(self._words)
+        return self._words
+
     def _host_rows(self) -> dict[str, Numbers]:
         """Each table in float64 numbers ``(..., rows, slots)``, or ``(..., slots)`` where rows are merged. One copy.
 
         Raises:
             OutOfStepError: what was gathered is not of one flush of all processes.
         """
-        if isinstance(self._words, jax.Array):
-            self._words = on_host(self._words)
+        words = self._fetched()
         if self._gathering is None:
-            tables = split_words(self._plan, self._words)
+            tables = split_words(self._plan, words)
         else:
-            heads.require_one_flush(self._gathering, self._words)
-            tables = self._gathering.open(self._words)
+            heads.require_one_flush(self._gathering, words)
+            tables = self._gathering.open(words)
         merges = self._plan.tables
         return {name: merges[name].widen(parts_of(merges[name], table)) for name, table in tables.items()}
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics.accumulators import Accumulator, CluMetric
 from distributed_metrics.accumulators.clu_metric import batch_size, in_order
+from distributed_metrics.accumulators.clu_weight import EXAMPLES, WEIGHT
 from distributed_metrics.compensated import host_pair
 from distributed_metrics.contributions import Feed, Source
 from distributed_metrics.placement import Situation, Value, on_device, placed
@@ -132,11 +133,6 @@ def feeds_of(
         metrics = plan.values[name]
         accumulator = plan.metrics[metrics[0]].accumulator
         if accumulator.keywords:
-            if weights.get(name) is not None:
-                raise ValueError(
-                    f"metrics.update(weight=...): {name!r} is {accumulator}, which takes masks and weights among its "
-                    f'own keywords.\n  Give weights by name, and none to {name!r}: weight={{"loss": mask}}'
-                )
             feeds.append(_keyword_feed(name, metrics, value, specs.get(name), situation, arrays))
             continue
         inputs: list[Source] = []
@@ -250,6 +246,8 @@ def _keyword_feed(
         sources.append(Source(len(arrays), common if keyword in batched else P(), pair=False))
         arrays.append(array)
     settings = tuple((keyword, one) for keyword, one in value.items() if keyword not in found)
+    if WEIGHT in value:
+        settings += ((EXAMPLES, tuple(keyword for keyword in batched if keyword != WEIGHT)),)
     return Feed(metrics, tuple(sources), (None,) * len(sources), tuple(found), settings)
 
 
@@ -316,9 +314,14 @@ def _numbers(name: str, value: Any, what: str) -> tuple[Value, bool]:
 
 
 def _no_number(name: str, got: Any, what: str) -> TypeError:
-    shown = f"an array of {got.dtype}" if isinstance(got, jax.Array | np.ndarray) else f"{_of(got)}: {got!r:.80}"
+    shown = f"an array of {got.dtype}" if isinstance(got, jax.Array | np.ndarray) else f"{_of(got)}{_shown(got)}"
     fix = "Give a scalar or an array of floats, integers or booleans"
-    if isinstance(got, list | tuple):
+    if isinstance(got, tuple) and len(got) == 2:
+        fix = (
+            'Of a sum and what it is divided by, the accumulator is "ratio"; a mean of values under a mask is '
+            f"metrics.update({{{name!r}: values}}, weight=mask)."
+        )
+    elif isinstance(got, list | tuple):
         fix += "; of a list make one: jnp.asarray(...)."
     elif got is None:
         fix += ", or leave it out: metrics that are not named are left alone."
@@ -327,6 +330,12 @@ def _no_number(name: str, got: Any, what: str) -> TypeError:
     else:
         fix += "."
     return TypeError(f"metrics.update(): the {what} of {name!r} is no number: {shown}.\n  {fix}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list) and any(isinstance(one, jax.Array | np.ndarray) for one in value):
+        return f" of arrays of the shapes {', '.join(str(np.shape(one)) for one in value)}"
+    return f": {value!r:.80}"
 
 
 def _of(value: Any) -> str:

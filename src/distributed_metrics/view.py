@@ -24,10 +24,13 @@ class Layout:
     Attributes:
         mesh: the mesh, or None for a single row on whatever device the values are.
         axes: the mesh axes that rows spread over.
+        alone: whether that row is one of many of a population, and devices that are mapped here have nothing to do with
+            each other.
     """
 
     mesh: AnyMesh | None
     axes: tuple[str, ...]
+    alone: bool = False
 
     @property
     def rows(self) -> int:
@@ -87,6 +90,8 @@ def make_layout(mesh: AnyMesh | None, axis_name: str | Iterable[str] | None) -> 
         TypeError: ``mesh`` is no mesh.
         ValueError: an axis that the mesh does not have.
     """
+    if axis_name is not None and not isinstance(axis_name, str) and not tuple(axis_name):
+        return Layout(None, (), alone=True)
     if mesh is None:
         mesh = _context_mesh()
         if mesh is None:
@@ -98,7 +103,7 @@ def make_layout(mesh: AnyMesh | None, axis_name: str | Iterable[str] | None) -> 
         )
     axes = mesh.axis_names if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     unknown = [axis for axis in axes if axis not in mesh.axis_names]
-    if unknown or not axes or len(set(axes)) != len(axes):
+    if unknown or len(set(axes)) != len(axes):
         raise ValueError(
             f"DistributedMetrics(axis_name={axis_name!r}): the mesh has the axes {mesh.axis_names}.\n"
             f"  Name one or some of them, each once, or leave axis_name out to use all."
@@ -131,7 +136,7 @@ def look(layout: Layout, rows: Any, dims: int) -> View:
         ValueError: the rows are not split as the mapped code asks for.
     """
     context = jax.sharding.get_abstract_mesh()
-    if context.manual_axes:
+    if context.manual_axes and not layout.alone:
         return _look_mapped(layout, rows, dims, context)
     if rows.ndim < dims:
         raise ValueError(
@@ -179,7 +184,8 @@ def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) ->
     if elsewhere or here != expected:
         shown = ", ".join(map(repr, layout.axes))
         probably = (
-            "Probably they came in whole, by in_specs=P(), or the object was captured instead of passed in. "
+            "Probably they came in whole, by in_specs=P() or flax.jax_utils.replicate, or the object was captured "
+            "instead of passed in. "
             if here == layout.rows
             else ""
         )

@@ -23,7 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from distributed_metrics import compensated
+from distributed_metrics.accumulators._aside import aside, nowhere
 from distributed_metrics.accumulators._base import Accumulator
+from distributed_metrics.accumulators._batch import Batch
+from distributed_metrics.accumulators.clu_weight import WEIGHT, weight_keyword, weighted_sum
 from distributed_metrics.merging import SUM, Merge, Number, Numbers, Parts
 
 ADDED = Merge("clu", SUM.numbers, SUM.combine, SUM.combine_numbers)
@@ -76,7 +79,8 @@ class CluMetric(Accumulator):
 
     ``update`` takes a dict of the keywords of its ``from_model_output``. Its first parameter that is an array gives the
     batch: arrays of as many examples are cut up between the devices; other arrays, numbers and strings are settings.
-    The count is the number of examples.
+    The weight of an update, one for each example, is given to it as its ``mask`` or ``sample_weights``; where it has
+    none, the states of examples are weighted. The count is the sum of weights, or the number of examples.
 
     Args:
         metric: the class.
@@ -113,18 +117,28 @@ class CluMetric(Accumulator):
         return () if self.learnt is None else self.learnt.result
 
     def contribution(self, **outputs: Any) -> dict[str, Any]:
-        assert self.learnt is not None  # update() learns first
-        state = self.metric.from_model_output(**outputs)
-        leaves, tree = jax.tree.flatten(state)
-        self._require_same(tree, leaves)
-        numbers = _packed(self.learnt, leaves)
-        if not self.learnt.adds:
-            numbers = tuple(
-                jnp.concatenate([part, jnp.full(1, seen, jnp.float32)])
-                for part, seen in zip(numbers, (1, 0), strict=True)
-            )
+        if WEIGHT in outputs:
+            numbers, seen = weighted_sum(self._numbers_of, outputs)
+            return {"weight": seen, "leaves": self._marked(numbers)}
+        weight = outputs.get(weight_keyword(self.metric) or "")
         examples = batch_size(outputs)
-        return {"weight": jnp.float32(1 if examples is None else examples), "leaves": numbers}
+        count = jnp.float32(1 if examples is None else examples) if weight is None else _total(weight)
+        return {"weight": count, "leaves": self._marked(self._numbers_of(**outputs))}
+
+    def _numbers_of(self, **outputs: Any) -> compensated.Pair:
+        """The numbers of the state of a batch."""
+        assert self.learnt is not None  # update() learns first
+        leaves, tree = jax.tree.flatten(self.metric.from_model_output(**outputs))
+        self._require_same(tree, leaves)
+        return _packed(self.learnt, leaves)
+
+    def _marked(self, numbers: compensated.Pair) -> compensated.Pair:
+        """The numbers with one more, where a merge of the metric's own wants to know that they are there."""
+        assert self.learnt is not None
+        if self.learnt.adds:
+            return numbers
+        high, low = (jnp.append(part, jnp.float32(seen)) for part, seen in zip(numbers, (1, 0), strict=True))
+        return high, low
 
     def _require_same(self, tree: Any, leaves: Sequence[Any]) -> None:
         assert self.learnt is not None
@@ -160,6 +174,12 @@ class CluMetric(Accumulator):
         return self.full_name
 
 
+def _total(weight: Any) -> compensated.Pair:
+    weight = jnp.asarray(weight)
+    counted = weight if weight.dtype == bool else compensated.pair_of(weight.astype(jnp.float32))
+    return Batch(compensated.integer_pair(jnp.ones(weight.shape, bool)), counted, (), split=True).total_weight()
+
+
 def in_order(metric: Any, outputs: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords in the order in which ``from_model_output`` names them, then the others."""
     named = list(inspect.signature(metric.from_model_output).parameters)
@@ -183,6 +203,7 @@ def learn(accumulator: CluMetric, outputs: Mapping[str, Any]) -> CluMetric:
         ValueError: the metric cannot be traced, or its state changes its shape, or is not merged but replaced.
     """
     metric = accumulator.metric
+    outputs = {name: one for name, one in outputs.items() if name != WEIGHT}
     concrete: list[Any] = []
 
     def states(arrays: Mapping[str, Any]) -> Any:
@@ -193,7 +214,7 @@ def learn(accumulator: CluMetric, outputs: Mapping[str, Any]) -> CluMetric:
     arrays = {
         name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in outputs.items() if hasattr(one, "shape")
     }
-    with _nowhere():
+    with nowhere():
         state = _tried(accumulator, "from_model_output", lambda: jax.eval_shape(states, arrays))
         leaves, tree = jax.tree.flatten(state)
         shapes = [(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
@@ -282,7 +303,7 @@ def _kinds(accumulator: CluMetric, tree: Any, shapes: Sequence[tuple[tuple[int, 
         return [np.asarray(random.integers(*ranges[d.kind == "b"], s)).astype(d) for s, d in shapes]
 
     def merge(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[list[Any], Any]:
-        with jax.ensure_compile_time_eval():
+        with aside():
             leaves, merged = jax.tree.flatten(jax.tree.unflatten(tree, a).merge(jax.tree.unflatten(tree, b)))
             return [np.asarray(leaf) for leaf in leaves], merged
 
@@ -305,7 +326,7 @@ def _kinds(accumulator: CluMetric, tree: Any, shapes: Sequence[tuple[tuple[int, 
     return [min(kind) if kind else "own" for kind in kinds]
 
 
-def _packed(learnt: Learnt, leaves: Sequence[Any]) -> Parts:
+def _packed(learnt: Learnt, leaves: Sequence[Any]) -> compensated.Pair:
     """The numbers of all leaves that are no constants, as one pair."""
     pairs = []
     for leaf, value in zip(learnt.leaves, leaves, strict=True):
@@ -338,12 +359,13 @@ def _unpacked(learnt: Learnt, xp: Any, high: Any, low: Any) -> Any:
 
 
 def _as_dtype(xp: Any, dtype: np.dtype, high: Any, low: Any) -> Any:
-    if dtype.kind in "iu":
-        if xp is np:  # a sum may be past what the dtype holds
-            whole = np.rint(high + low)
-            return whole.astype(dtype) if np.all(np.abs(whole) <= np.iinfo(dtype).max) else whole
-        return high.astype(dtype) + (low if np.ndim(low) == 0 else low.astype(dtype))
-    return high + low if xp is np or dtype.kind == "f" else (high + low).astype(dtype)
+    total = high + low
+    if dtype.kind not in "iu":
+        return total if xp is np or dtype.kind == "f" else total.astype(dtype)
+    if xp is jnp:  # it may be a sum of weights
+        return total
+    whole = np.array_equal(total, np.rint(total)) and np.all(np.abs(total) <= np.iinfo(dtype).max)
+    return total.astype(dtype) if whole else total
 
 
 def _computed(learnt: Learnt, xp: Any, numbers: Any) -> Any:
@@ -352,24 +374,9 @@ def _computed(learnt: Learnt, xp: Any, numbers: Any) -> Any:
 
 
 def _on_host(compute: Callable[[Any], Any], numbers: np.ndarray) -> np.ndarray:
-    """Run ``compute``, which may launch device programs, on a local CPU device, whatever mesh or guard is set."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # this process was started without the CPU backend
-        device = jax.local_devices()[0]
-    with (
-        _nowhere(),
-        jax.ensure_compile_time_eval(),
-        jax.default_device(device),
-        jax.transfer_guard("allow"),
-        np.errstate(all="ignore"),
-    ):
+    """Run ``compute``, which may launch device programs."""
+    with aside():
         return np.asarray(compute(numbers), np.float64)
-
-
-def _nowhere() -> Any:
-    """A context without a mesh: what is traced or run in it has nothing to do with the devices around it."""
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """What a writer is, and how the writers of other libraries become one."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -65,6 +67,16 @@ class _ScalarByScalar(_Completed):
             super().close()
 
 
+@dataclass(frozen=True)
+class _Logger:
+    """A function of the shape of ``jax.monitoring.record_scalar``."""
+
+    log_scalar: Callable[..., Any]
+
+    def __repr__(self) -> str:
+        return repr(self.log_scalar)
+
+
 class _Function:
     """A function of the shape of ``wandb.log``."""
 
@@ -85,6 +97,17 @@ class _Function:
         """The function is not ours to end."""
 
 
+def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called so, as far as its signature shows."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it has none to look at
+        return True
+    return True
+
+
 def _has(writer: Any, method: str) -> bool:
     return callable(getattr(writer, method, None))
 
@@ -98,7 +121,8 @@ def as_writer(writer: Any) -> MetricWriter:
             * an object with ``write_scalars(step, scalars)``: a writer of this package, of clu or of kauldron. It is
               returned as it is; where it has no ``flush`` or ``close``, they do nothing.
             * an object with ``log_scalar(event, value, step=...)``: a logging backend of metrax.
-            * a function that is called as ``wandb.log`` is: ``log({"loss": 0.5}, step=3)``.
+            * a function that is called as ``wandb.log`` is: ``log({"loss": 0.5}, step=3)``; or once for each number, as
+              ``jax.monitoring.record_scalar`` is: ``record_scalar("loss", 0.5, step=3)``.
 
     Returns:
         The writer.
@@ -114,16 +138,23 @@ def as_writer(writer: Any) -> MetricWriter:
             return writer if _has(writer, "flush") and _has(writer, "close") else _Completed(writer)
         if _has(writer, "log_scalar"):
             return _ScalarByScalar(writer)
-        if callable(writer):
+        if callable(writer) and _takes(writer, {}, step=0):
             return _Function(writer)
-        got, fix = f"an instance of {type(writer).__qualname__}", ""
+        if callable(writer) and _takes(writer, "", 0.0, step=0):
+            return _ScalarByScalar(_Logger(writer))
+        got = (
+            f"a function {inspect.signature(writer)}"
+            if inspect.isroutine(writer)
+            else (f"an instance of {type(writer).__qualname__}")
+        )
+        fix = ""
     else:
         got, fix = f"the class {writer.__qualname__}", f"\n  Give an instance: {writer.__qualname__}(...)"
     raise TypeError(
         f"as_writer() got {got}, which takes no metrics.{fix}\n"
         "  A writer is an object with write_scalars(step, scalars), as those of distributed_metrics.writers, clu and\n"
         "  kauldron; or one with log_scalar(event, value, step=...), as the logging backends of metrax; or a function\n"
-        "  that is called as log(scalars, step=step), as wandb.log."
+        "  that is called as log(scalars, step=step), as wandb.log, or as log(name, value, step=step)."
     )
 
 
