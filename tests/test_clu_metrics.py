@@ -515,6 +515,14 @@ def test_float_weights_and_nan_behind_the_mask_of_a_metric_that_has_none():
     weight[:9] = 0
     scores = np.where(weight == 0, np.nan, SCORES)
     called = SCORES >= 0.5
+    for name in ("MSE", "MAE", "RSQUARED", "AUCROC"):
+        hidden, clean = (
+            DistributedMetrics({"x": getattr(metrax, name)}),
+            DistributedMetrics({"x": getattr(metrax, name)}),
+        )
+        hidden.update({"x": {"predictions": scores, "labels": LABELS * 1.0}}, weight=weight != 0)
+        clean.update({"x": {"predictions": SCORES[9:], "labels": LABELS[9:] * 1.0}})
+        assert hidden.flush()["x"] == pytest.approx(clean.flush()["x"], rel=1e-5), name
     metrics.update({"precision": {"predictions": scores, "labels": LABELS}}, weight=weight)
     expected = np.sum(weight * called * LABELS, dtype=np.float64) / np.sum(weight * called, dtype=np.float64)
     assert metrics.compute()["precision"] == pytest.approx(expected, rel=1e-6)

@@ -503,6 +503,10 @@ def test_misuse_is_an_error_that_shows_the_way():
             flusher.write(0, metrics)
         with pytest.raises(RuntimeError, match="another one that is open flushes the same object"):
             PeriodicFlush(metrics, 3).__enter__()
+        with PeriodicFlush(DistributedMetrics({"loss": "mean"}), 3) as other:
+            with pytest.raises(RuntimeError, match="another one that is open flushes the same object"):
+                other(0, metrics)
+            other._metrics = DistributedMetrics({"loss": "mean"})
         flusher(0)
         with pytest.raises(ValueError, match="the last step was 0"):
             flusher(0)

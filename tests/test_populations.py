@@ -1,5 +1,6 @@
 """Seeds over devices: an object with ``axis_name=()`` is a row of its own, whatever devices are mapped around it."""
 
+import functools
 import json
 
 import jax
@@ -114,6 +115,28 @@ def test_seeds_that_jit_would_have_to_follow_on_explicit_axes_are_an_error_that_
         ValueError, match=r"Map the members over them: jax.shard_map\(jax.vmap\(train\), in_specs=P\('s"
     ):
         jax.jit(jax.vmap(train))(x)
+
+
+def test_members_that_were_put_one_behind_the_other_are_an_error_that_shows_the_way():
+    mesh = mesh_of(AxisType.Auto)
+
+    def member(x):
+        metrics = DistributedMetrics({"x": "mean"}, axis_name=())
+        metrics.update(x=x)
+        return metrics
+
+    mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("seeds"), out_specs=P("seeds"))
+    with pytest.raises(
+        ValueError, match=r"32 words, and one of this spec has 4: .*\n.*jax.shard_map\(jax.vmap\(step\)"
+    ):
+        dict(jax.jit(mapped(lambda x: member(x).flush()))(np.arange(16.0)))
+    with pytest.raises(ValueError, match=r"is one row, and this one has 8: .*\n.*jax.shard_map\(jax.vmap\(step\)"):
+        jax.jit(mapped(member))(np.arange(16.0)).flush()
+    with pytest.raises(ValueError, match=r"axis_name=\(\)\): one row, .* leave mesh= out"):
+        DistributedMetrics({"x": "mean"}, mesh=mesh, axis_name=())
+    sharded = jax.device_put(np.arange(16.0), NamedSharding(mesh, P("seeds")))
+    with pytest.raises(ValueError, match=r"A member of a population, axis_name=\(\), is updated under vmap"):
+        DistributedMetrics({"x": "mean"}, axis_name=()).update(x=sharded)
 
 
 def test_unstack_gives_windows_of_seeds_that_add_up():

@@ -61,6 +61,8 @@ def compiled_text(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
             was compiled of one: ``jax.jit(f).lower(x).compile()``.
         *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``); none of what is compiled.
     """
+    if isinstance(fn, jax.stages.Lowered):
+        fn = fn.compile()
     compiled = fn if isinstance(fn, jax.stages.Compiled) else _compiled(fn, args, kwargs)[1]
     return str(compiled.as_text())
 

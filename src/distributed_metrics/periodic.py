@@ -124,12 +124,7 @@ class PeriodicFlush:
     def __enter__(self) -> "PeriodicFlush":
         if self._thread is not None:
             raise RuntimeError("PeriodicFlush: this one was entered before; make a new one for another loop.")
-        if any(other._metrics is self._metrics for other in _OPEN):
-            raise RuntimeError(
-                "PeriodicFlush: another one that is open flushes the same object, and each would take windows from the "
-                "other.\n  Give one of them all writers; for longer windows add up snapshots: flusher.total(), or a "
-                "writer of your own."
-            )
+        self._require_for_itself()
         _OPEN.add(self)
         self._thread = Background(self._deliver)
         return self
@@ -139,7 +134,8 @@ class PeriodicFlush:
 
         Args:
             step: its number, from 0, as a Python integer; above that of the last call.
-            metrics: the accumulators, where the step returned a new object.
+            metrics: the accumulators, where the step returned a new object. At the end of a window this very object is
+                flushed, so the next step must get it, and no copy that was made before.
             **host_scalars: what only the host knows, the time of loading data for example; of a window the last one
                 counts.
 
@@ -159,6 +155,7 @@ class PeriodicFlush:
         scalars = {name: self._host_scalar(name, value) for name, value in host_scalars.items()}
         if metrics is not None:
             self._metrics = _require_metrics(metrics)
+            self._require_for_itself()
         self._window.host |= scalars
         self._window.steps += 1 if last is None else step - last
         self._last_step = self._window.step = step
@@ -177,8 +174,9 @@ class PeriodicFlush:
             step: the step that they belong to.
             numbers: a snapshot, or a (nested) mapping of names to numbers or arrays; read in the background.
             prefix: put before their names, in place of that of the windows.
-            derive: called with the flat floats and the snapshot (of a mapping: None), where they are written; returns
-                more floats by name, or None. What it raises surfaces as what a writer raises.
+            derive: called with the flat floats, by names without the prefix, and the snapshot (of a mapping: None), in
+                the background of the process that writes; returns more floats by name, which get the prefix, or None.
+                What it raises surfaces as what a writer raises.
 
         Raises:
             TypeError: neither of the two.
@@ -347,7 +345,11 @@ class PeriodicFlush:
             elif self._writes:
                 snapshot = what.numbers if isinstance(what.numbers, Snapshot) else None
                 numbers = dict(_floats(what.numbers)) if snapshot is None else snapshot.flatten()
-                numbers |= _derived(what.derive, numbers, snapshot)
+                try:
+                    numbers |= _derived(what.derive, numbers, snapshot)
+                except Exception as error:  # what was seen is written all the same
+                    error.add_note(f"PeriodicFlush: raised by derive, for what was written at step {what.step}.")
+                    self._failures.append(error)
                 self._write(what.step, numbers, snapshot, what.prefix)
         except OutOfStepError as error:
             self._out_of_step = error
@@ -417,6 +419,14 @@ class PeriodicFlush:
                 _LOG.exception("PeriodicFlush: a writer has stopped")
 
     # --- checks ---
+
+    def _require_for_itself(self) -> None:
+        if any(other._metrics is self._metrics for other in _OPEN if other is not self):
+            raise RuntimeError(
+                "PeriodicFlush: another one that is open flushes the same object, and each would take windows from the "
+                "other.\n  Give one of them all writers; for longer windows add up snapshots: flusher.total(), or a "
+                "writer of your own."
+            )
 
     def _require_open(self) -> Background:
         if self._thread is None or self._closed:

@@ -193,7 +193,7 @@ def _is_on_one_device(name: str, array: Value, is_told: bool) -> bool:
         raise ValueError(
             f"metrics.update(): {name!r} lives on {devices} devices, and this object has one row, on one device.\n"
             "  Give each device a row: DistributedMetrics({...}, mesh=mesh), or make the object under "
-            "jax.set_mesh(mesh). If it is one of a population: DistributedMetrics({...}, axis_name=())"
+            "jax.set_mesh(mesh). (A member of a population, axis_name=(), is updated under vmap or shard_map.)"
         )
     return True
 

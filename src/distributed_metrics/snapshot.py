@@ -15,7 +15,7 @@ from distributed_metrics.gathering import Gathering, merge_rows
 from distributed_metrics.merging import Numbers, Parts
 from distributed_metrics.placement import on_host
 from distributed_metrics.plan import NONFINITE, SEPARATOR, Group, Plan, did_you_mean, show_path
-from distributed_metrics.tables import join_words, parts_of, relaid_parts, split_words
+from distributed_metrics.tables import join_words, parts_of, relaid_parts, split_words, words_of_a_row
 from distributed_metrics.view import is_traced
 
 Number = float | np.ndarray | jax.Array
@@ -405,6 +405,12 @@ class Snapshot(Mapping[str, Any]):
         """
         words = self._fetched()
         if self._gathering is None:
+            if words.shape[-1] != (width := words_of_a_row(self._plan)):
+                raise ValueError(
+                    f"Snapshot: {words.shape[-1]} words, and one of this spec has {width}: those of several devices "
+                    "were put one behind the other.\n"
+                    "  Give members a dim of their own, jax.shard_map(jax.vmap(step), ...), and take them by unstack()."
+                )
             tables = split_words(self._plan, words)
         else:
             heads.require_one_flush(self._gathering, words)

@@ -65,6 +65,12 @@ def join_words(plan: Plan, parts: Mapping[str, tuple[Any, ...]], xp: Any) -> Any
     return xp.concatenate(flat, axis=-1)
 
 
+@functools.lru_cache(maxsize=1024)
+def words_of_a_row(plan: Plan) -> int:
+    """How many words the buffer of one row has."""
+    return sum(like.size for like in row_shapes(plan).values())
+
+
 def identity_words(plan: Plan) -> np.ndarray:
     """The buffer of tables that have seen nothing, on the host."""
     rows = {

@@ -91,6 +91,10 @@ def make_layout(mesh: AnyMesh | None, axis_name: str | Iterable[str] | None) -> 
         ValueError: an axis that the mesh does not have.
     """
     if axis_name is not None and not isinstance(axis_name, str) and not tuple(axis_name):
+        if mesh is not None:
+            raise ValueError(
+                "DistributedMetrics(axis_name=()): one row, wherever its member of a population is; so leave mesh= out."
+            )
         return Layout(None, (), alone=True)
     if mesh is None:
         mesh = _context_mesh()
@@ -136,6 +140,13 @@ def look(layout: Layout, rows: Any, dims: int) -> View:
         ValueError: the rows are not split as the mapped code asks for.
     """
     context = jax.sharding.get_abstract_mesh()
+    if layout.alone and rows.ndim >= dims and (here := rows.shape[rows.ndim - dims]) != 1:
+        raise ValueError(
+            f"DistributedMetrics: an object with axis_name=() is one row, and this one has {here}: those of several "
+            "devices were put together.\n"
+            "  Give members a dim of their own: jax.shard_map(jax.vmap(step), ...). For one object over all devices "
+            "leave axis_name out."
+        )
     if context.manual_axes and not layout.alone:
         return _look_mapped(layout, rows, dims, context)
     if rows.ndim < dims:

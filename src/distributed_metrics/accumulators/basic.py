@@ -72,8 +72,8 @@ class Min(Accumulator):
 class Ratio(Accumulator):
     """sum(w a) / sum(w b) of pairs ``(a, b)``: loss per token from the sums that a loss function has formed.
 
-    ``update`` takes ``(numerator, denominator)``, scalars or arrays, which are summed separately, each as it is: (8, 16)
-    losses and (8, 1) ones make 8 ones. Arrays, as (losses, mask), send nothing; a sum of a partitioned array that only
+    ``update`` takes ``(numerator, denominator)``, scalars or arrays, which are summed separately, each as it is: 8 × 16
+    losses and 8 × 1 ones make 8 ones. Arrays, as (losses, mask), send nothing; a sum of a partitioned array that only
     the log needs is an all-reduce of its own. The count of a ratio is its denominator. Empty (a denominator of 0): NaN.
     """
 

@@ -26,7 +26,7 @@ from distributed_metrics import compensated
 from distributed_metrics.accumulators._aside import aside, nowhere
 from distributed_metrics.accumulators._base import Accumulator
 from distributed_metrics.accumulators._batch import Batch
-from distributed_metrics.accumulators.clu_weight import WEIGHT, weight_keyword, weighted_sum
+from distributed_metrics.accumulators.clu_weight import WEIGHT, weight_keyword, weighted_sum, without_masked
 from distributed_metrics.merging import SUM, Merge, Number, Numbers, Parts
 
 ADDED = Merge("clu", SUM.numbers, SUM.combine, SUM.combine_numbers)
@@ -122,6 +122,8 @@ class CluMetric(Accumulator):
             return {"weight": seen, "leaves": self._marked(numbers)}
         weight = outputs.get(weight_keyword(self.metric) or "")
         examples = batch_size(outputs)
+        if weight is not None:
+            outputs = without_masked(outputs, weight)
         count = jnp.float32(1 if examples is None else examples) if weight is None else _total(weight)
         return {"weight": count, "leaves": self._marked(self._numbers_of(**outputs))}
 

@@ -54,10 +54,13 @@ def weighted(name: str, metric: Any, outputs: Mapping[str, Any], weight: Any, ex
             "  Give one of the two: weights by name, weight={...}, and none to this one."
         )
     weight = weight.get_value() if isinstance(weight, nnx.Variable) else weight
+    if isinstance(weight, Mapping):
+        raise ValueError(f"metrics.update(weight=...): {name!r} takes one weight, of examples, and got a dict.")
     if np.ndim(weight) > 1 or (np.ndim(weight) == 1 and np.shape(weight)[0] not in (1, examples)) or not examples:
         raise ValueError(
             f"metrics.update(weight=...): {name!r} has {examples} examples, and its weight has the shape "
-            f"{np.shape(weight)}.\n  Give one number for each example."
+            f"{np.shape(weight)}.\n  Give one number for each example"
+            + (f"; a weight of what is in an example is its own keyword {keyword}=." if keyword else ".")
         )
     xp: Any = jnp if isinstance(weight, jax.Array) else np
     weight = xp.broadcast_to(weight, (examples,))
@@ -71,6 +74,19 @@ def weighted(name: str, metric: Any, outputs: Mapping[str, Any], weight: Any, ex
             "  Leave out what does not count before the update; give weights by name, weight={...}, none to this one."
         )
     return {**outputs, by: weight.astype(np.float32) if by == "sample_weights" else weight}  # metrax adds them up
+
+
+def without_masked(outputs: Mapping[str, Any], weight: Any) -> dict[str, Any]:
+    """The keywords with 0 for the numbers of examples of weight 0: NaN times 0 would be NaN."""
+
+    def cleared(one: Any) -> Any:
+        if np.ndim(weight) != 1 or not hasattr(one, "dtype") or np.shape(one)[:1] != np.shape(weight):
+            return one
+        if not jnp.issubdtype(one.dtype, jnp.floating):
+            return one
+        return jnp.where(jnp.reshape(weight, (-1,) + (1,) * (one.ndim - 1)) != 0, one, 0)
+
+    return {name: cleared(one) for name, one in outputs.items()}
 
 
 def weighted_sum(numbers_of: Callable[..., Pair], outputs: Mapping[str, Any]) -> tuple[Pair, Pair]:
