@@ -478,8 +478,13 @@ def test_settings_are_static_and_a_change_of_them_is_an_error():
 WEIGHTED = [name for name, value in METRAX.items() if isinstance(value, dict) and name != "IoU"]
 
 
-@pytest.mark.parametrize("name", [*WEIGHTED, "clu"])
-@pytest.mark.parametrize("how", ["eager", "host", "jit"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, how) for name in ("clu", "MSE", "Precision") for how in ("eager", "jit")),
+        *(pytest.param(name, "host", marks=pytest.mark.slow) for name in [*WEIGHTED, "clu"]),
+    ],
+)
 def test_a_mask_leaves_out_examples_also_of_metrics_that_have_none(name, how):
     kind = clu.metrics.Accuracy if name == "clu" else getattr(metrax, name)
     given: Any = {"logits": LOGITS, "labels": CLASSES} if name == "clu" else METRAX[name]
