@@ -535,6 +535,21 @@ def test_float_weights_and_nan_behind_the_mask_of_a_metric_that_has_none():
     assert metrics.compute().count["precision"] == pytest.approx(weight.sum(dtype=np.float64), rel=1e-7)
 
 
+@pytest.mark.parametrize("name", ["Precision", "MSE", "AUCROC"])
+def test_a_weight_moves_no_values_where_xla_has_to_reduce_them(name):
+    """On Auto axes without ``spec=`` all-reduces are of the size of a state."""
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": getattr(metrax, name)}, mesh=mesh)
+    scores, labels, mask = jax.device_put((SCORES, LABELS, SCORES > 0.3), NamedSharding(mesh, PARTS))
+
+    def step(metrics, scores, labels, mask):
+        metrics.update({"x": {"predictions": scores, "labels": labels}}, weight=mask)
+        return metrics
+
+    metrics.update({"x": {"predictions": scores, "labels": labels}})
+    assert set(count_collectives(step, metrics, scores, labels, mask)) == {"all-reduce"}
+
+
 def test_results_are_read_also_where_jax_looks_for_nan():
     metrics = DistributedMetrics({"precision": metrax.Precision})
     with jax.debug_nans(True):

@@ -37,7 +37,7 @@ class OddMerge(Accumulator):
 
 
 class Unhashable(Mean):
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # so that it is none
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_bad_mesh_axis_or_policy_is_an_error():
     with pytest.raises(ValueError, match="each once"):
         DistributedMetrics({"x": "mean"}, mesh=mesh, axis_name=("data", "data"))
     with pytest.raises(TypeError, match=r"takes a jax.sharding.Mesh, got int: 8.\n  For example: mesh=jax.make_mesh"):
-        DistributedMetrics({"x": "mean"}, mesh=8)  # type: ignore[arg-type]
+        DistributedMetrics({"x": "mean"}, mesh=8)  # type: ignore[arg-type]  # the mistake
     with pytest.raises(ValueError, match="nan_policy='drop'"):
         DistributedMetrics({"x": "mean"}, nan_policy="drop")
 
@@ -278,7 +278,7 @@ def test_a_metric_with_the_name_of_an_argument_is_given_in_a_dict(name):
 def test_one_of_stacked_windows_is_taken_by_tree_map():
     snapshot = DistributedMetrics({"x": "mean"}).compute()
     with pytest.raises(KeyError, match=r"take one: jax.tree.map\(lambda x: x\[0\], snapshot\)"):
-        snapshot[0]  # type: ignore[index]
+        snapshot[0]  # type: ignore[index]  # the mistake
 
 
 # --- placement ---

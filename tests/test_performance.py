@@ -212,6 +212,19 @@ def test_updates_one_after_another_in_a_program_are_not_worked_out_again_in_each
     assert largest_computation(6) < 2 * largest_computation(2)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA passes over the barrier: docs/performance.md")
+def test_snapshots_that_are_added_in_a_program_are_not_worked_out_again_in_each_other():
+    metrics = DistributedMetrics({"x": "std"})
+    metrics.update(x=jnp.ones(3))
+    windows = [jax.jit(lambda metrics: metrics.compute())(metrics)] * 6
+
+    def largest_computation(windows):
+        computations = hlo.parsed(compiled_text(jax.jit(sum), windows)).computations
+        return max(len(instructions) for name, instructions in computations.items() if "fused" in name)
+
+    assert largest_computation(windows) < 2 * largest_computation(windows[:2])
+
+
 def test_a_flush_is_one_program_and_one_copy(monkeypatch):
     metrics, copies = DistributedMetrics(SPEC, mesh=MESH), []
     metrics.update(a=put(np.ones(8)), d=1.0)

@@ -77,7 +77,7 @@ def main() -> None:
     metrics = DistributedMetrics({"loss": "ratio", "accuracy": "ratio", "grad_norm": "mean"}, mesh=MESH)
     evaluation = DistributedMetrics({"loss": "ratio", "accuracy": "ratio"}, mesh=MESH)
     averages = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Average("accuracy"))
-    train: Any = nnx.cached_partial(train_step, *state, metrics)  # type: ignore[call-arg]
+    train: Any = nnx.cached_partial(train_step, *state, metrics)  # type: ignore[call-arg]  # flax's types
     evaluate: Any = nnx.cached_partial(nnx.jit(loss_fn), state[0])
     record, logged, exact = jax.monitoring.record_scalar, {}, {}
     jax.monitoring.register_scalar_listener(lambda event, value, **_: logged.update({event: float(value)}))

@@ -15,7 +15,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from distributed_metrics import eager, heads, meeting, reducers, rows
 from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
-from distributed_metrics.accumulators.clu_weight import weighted
 from distributed_metrics.contributions import Feed
 from distributed_metrics.gathering import Gathering, gathering_of
 from distributed_metrics.placement import Situation, by_process, of_this_process, on_device, row_sharding, situation_of
@@ -218,16 +217,11 @@ class DistributedMetrics(nnx.Module):
             return
         self._require_accumulators("update")
         values = named_values(self._plan, metrics, named)
+        weights = by_name(self._plan, weight, "weight", values)
         for name, value in values.items():
             accumulator = self._plan.metrics[self._plan.values[name][0]].accumulator
             if isinstance(accumulator, CluMetric):
-                values[name] = keywords_of(name, accumulator, value)
-        weights = by_name(self._plan, weight, "weight", values)
-        for name in [name for name in values if weights.get(name) is not None]:
-            accumulator = self._plan.metrics[self._plan.values[name][0]].accumulator
-            if isinstance(accumulator, CluMetric):
-                examples = clu_metric.batch_size(values[name])
-                values[name] = weighted(name, accumulator.metric, values[name], weights.pop(name), examples)
+                values[name] = keywords_of(name, accumulator, value, weights.pop(name, None))
         specs = by_name(self._plan, spec, "spec", values)
         if not values:
             return

@@ -124,7 +124,7 @@ class PeriodicFlush:
     def __enter__(self) -> "PeriodicFlush":
         if self._thread is not None:
             raise RuntimeError("PeriodicFlush: this one was entered before; make a new one for another loop.")
-        self._require_for_itself()
+        self._require_for_itself(self._metrics)
         _OPEN.add(self)
         self._thread = Background(self._deliver)
         return self
@@ -154,8 +154,8 @@ class PeriodicFlush:
             )
         scalars = {name: self._host_scalar(name, value) for name, value in host_scalars.items()}
         if metrics is not None:
+            self._require_for_itself(metrics)
             self._metrics = _require_metrics(metrics)
-            self._require_for_itself()
         self._window.host |= scalars
         self._window.steps += 1 if last is None else step - last
         self._last_step = self._window.step = step
@@ -380,7 +380,7 @@ class PeriodicFlush:
                 try:
                     numbers |= _derived(None if self._stopped else self._derive, numbers, snapshot)
                 except Exception as error:
-                    missing = isinstance(error, KeyError) and error.args[0] in snapshot.flatten(empty="nan")
+                    missing = isinstance(error, KeyError) and str(error).strip("'") in snapshot.flatten(empty="nan")
                     error.add_note(
                         f"PeriodicFlush: raised by derive, for the window that ended with step {window.step}"
                         + (", which saw nothing of that name: numbers.get(name) is None then." if missing else ".")
@@ -420,8 +420,8 @@ class PeriodicFlush:
 
     # --- checks ---
 
-    def _require_for_itself(self) -> None:
-        if any(other._metrics is self._metrics for other in _OPEN if other is not self):
+    def _require_for_itself(self, metrics: DistributedMetrics) -> None:
+        if any(other._metrics is metrics for other in list(_OPEN) if other is not self):
             raise RuntimeError(
                 "PeriodicFlush: another one that is open flushes the same object, and each would take windows from the "
                 "other.\n  Give one of them all writers; for longer windows add up snapshots: flusher.total(), or a "

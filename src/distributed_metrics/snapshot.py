@@ -298,6 +298,7 @@ class Snapshot(Mapping[str, Any]):
         merges = self._plan.tables
         if is_traced(self._words) or is_traced(other._words):
             # A long sum must not become one fusion: XLA would work out the first terms again in each of the others.
+            # (That of jax 0.10 passes over the barrier here.)
             in_trace, added = jax.lax.optimization_barrier(self._merged_parts()), other._merged_parts()
             parts = {table: merges[table].after(in_trace[table], added[table]) for table in merges}
             return Snapshot(self._plan, join_words(self._plan, parts, jnp))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics.accumulators import Accumulator, CluMetric
 from distributed_metrics.accumulators.clu_metric import batch_size, in_order
-from distributed_metrics.accumulators.clu_weight import EXAMPLES, WEIGHT
+from distributed_metrics.accumulators.clu_weight import EXAMPLES, WEIGHT, weighted
 from distributed_metrics.compensated import host_pair
 from distributed_metrics.contributions import Feed, Source
 from distributed_metrics.placement import Situation, Value, on_device, placed
@@ -169,11 +169,12 @@ def feeds_of(
     return tuple(feeds), [on_device(array, situation) for array in arrays]
 
 
-def keywords_of(name: str, accumulator: CluMetric, value: Any) -> dict[str, Any]:
-    """The value of a metric that takes keywords: arrays, in dtypes that devices have, and settings.
+def keywords_of(name: str, accumulator: CluMetric, value: Any, weight: Any) -> dict[str, Any]:
+    """The value of a metric that takes keywords: arrays, in dtypes that devices have, settings, and the weight, if any.
 
     Raises:
         TypeError: no dict, or something that is neither an array nor a setting.
+        ValueError: a weight that does not fit, or a metric that cannot be weighted.
     """
     if not isinstance(value, Mapping):
         raise TypeError(
@@ -196,7 +197,7 @@ def keywords_of(name: str, accumulator: CluMetric, value: Any) -> dict[str, Any]
                     "make an array: jnp.asarray(...)."
                 ) from error
         given[keyword] = one
-    return given
+    return given if weight is None else weighted(name, accumulator.metric, given, weight, batch_size(given))
 
 
 def _in_device_dtype(name: str, array: np.ndarray) -> np.ndarray:

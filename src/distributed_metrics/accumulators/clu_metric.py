@@ -25,8 +25,13 @@ import numpy as np
 from distributed_metrics import compensated
 from distributed_metrics.accumulators._aside import aside, nowhere
 from distributed_metrics.accumulators._base import Accumulator
-from distributed_metrics.accumulators._batch import Batch
-from distributed_metrics.accumulators.clu_weight import WEIGHT, weight_keyword, weighted_sum, without_masked
+from distributed_metrics.accumulators.clu_weight import (
+    WEIGHT,
+    total_weight,
+    weight_keyword,
+    weighted_sum,
+    without_masked,
+)
 from distributed_metrics.merging import SUM, Merge, Number, Numbers, Parts
 
 ADDED = Merge("clu", SUM.numbers, SUM.combine, SUM.combine_numbers)
@@ -124,7 +129,7 @@ class CluMetric(Accumulator):
         examples = batch_size(outputs)
         if weight is not None:
             outputs = without_masked(outputs, weight)
-        count = jnp.float32(1 if examples is None else examples) if weight is None else _total(weight)
+        count = jnp.float32(1 if examples is None else examples) if weight is None else total_weight(weight)
         return {"weight": count, "leaves": self._marked(self._numbers_of(**outputs))}
 
     def _numbers_of(self, **outputs: Any) -> compensated.Pair:
@@ -174,12 +179,6 @@ class CluMetric(Accumulator):
 
     def __str__(self) -> str:
         return self.full_name
-
-
-def _total(weight: Any) -> compensated.Pair:
-    weight = jnp.asarray(weight)
-    counted = weight if weight.dtype == bool else compensated.pair_of(weight.astype(jnp.float32))
-    return Batch(compensated.integer_pair(jnp.ones(weight.shape, bool)), counted, (), split=True).total_weight()
 
 
 def in_order(metric: Any, outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from distributed_metrics.accumulators._aside import aside
 from distributed_metrics.accumulators._batch import Batch
-from distributed_metrics.compensated import Pair, integer_pair, pair_of
+from distributed_metrics.compensated import Pair, pair_of
 
 WEIGHT, EXAMPLES = "weight of the update", "arrays of examples"
 """Keywords that no function has: the weight, for a metric that takes none, and the arrays that it is for."""
@@ -99,9 +99,19 @@ def weighted_sum(numbers_of: Callable[..., Pair], outputs: Mapping[str, Any]) ->
     given = {name: one for name, one in outputs.items() if name not in (WEIGHT, EXAMPLES)}
     of_examples = {name: given[name] for name in outputs[EXAMPLES]}
     numbers = jax.vmap(lambda one: numbers_of(**{**given, **{name: x[None] for name, x in one.items()}}))(of_examples)
-    weight = outputs[WEIGHT]
-    batch = Batch(numbers, weight if weight.dtype == bool else pair_of(weight), numbers[0].shape[1:], split=True)
-    return batch.sum(), Batch(integer_pair(jnp.ones(weight.shape, bool)), batch.weight, (), split=True).total_weight()
+    return _batch(numbers, outputs[WEIGHT]).sum(), total_weight(outputs[WEIGHT])
+
+
+def total_weight(weight: Any) -> Pair:
+    """The sum of a mask, or of weights."""
+    return _batch(jnp.ones(np.shape(weight), bool), jnp.asarray(weight)).total_weight()
+
+
+def _batch(value: Any, weight: Any) -> Batch:
+    """Numbers ``(examples, ...)`` and their weights. XLA sums them in float32, as it does what a metric sums itself."""
+    kept = np.shape(value[0] if isinstance(value, tuple) else value)[np.ndim(weight) :]
+    pair_or_mask = weight if weight.dtype == bool else pair_of(weight.astype(jnp.float32))
+    return Batch(value, pair_or_mask, kept, split=False)
 
 
 def _described(outputs: Mapping[str, Any], examples: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
