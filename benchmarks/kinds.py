@@ -38,7 +38,7 @@ def large_sums() -> None:
             high, low = ours(one)
             exact = one.sum(dtype=np.float64)
             errors[name] = abs((float(high) + float(low)) / exact - 1), abs(float(plain(one)) / exact - 1)
-            assert errors[name][0] < 1e-7
+            assert errors[name][0] < 2e-7
         shown = [f"{error:.0e}" for both in errors.values() for error in both]
         rows.append((f"{n:,}", times["ours"], f"×{times['ours'] / times['jnp.sum']:.2f}", *shown))
     table(["elements", "µs", "ratio", "error, lognormal", "of `jnp.sum`", "error, 0.7 repeated", "of `jnp.sum`"], rows)

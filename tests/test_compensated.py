@@ -70,3 +70,17 @@ def test_what_is_not_finite_has_no_error_term(a):
             with np.errstate(over="ignore", invalid="ignore"):
                 np.testing.assert_equal(np.asarray(total), np.float32(a) + np.float32(b))
             assert np.isfinite(total) or error == 0
+
+
+def test_a_large_batch_on_a_gpu_is_one_reduction_which_keeps_all_digits():
+    """GPUs have the one, CPUs the other; both are exact on any."""
+
+    def total(x):
+        return compensated.tree_sum(compensated.pair_of(x), 1)
+
+    x = np.random.default_rng(0).lognormal(size=100_001).astype(np.float32)
+    for_cuda = jax.export.export(jax.jit(total), platforms=["cuda"])(x).mlir_module()
+    assert (for_cuda.count("stablehlo.reduce("), for_cuda.count("stablehlo.slice ")) == (1, 0)
+    for numbers in (x, np.full_like(x, 0.7)):
+        high, low = jax.jit(compensated._one_reduction)(*compensated.pair_of(jnp.asarray(numbers)))
+        assert abs(exact(high, low) / exact(*numbers) - 1) < 2**-44
