@@ -6,7 +6,7 @@ TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv-$(TAG)
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/ready
 	$(RUN)/python examples/train_digits.py
@@ -22,6 +22,10 @@ lint: $(VENV)/ready
 bench: $(VENV)/bench
 	$(RUN)/python benchmarks/report.py
 
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build  # with --quiet no warning counts
+	@echo "site/index.html; with search: $(RUN)/mkdocs serve"
+
 $(VENV)/bench: $(VENV)/ready
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
@@ -33,4 +37,4 @@ $(VENV)/ready: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv-* build dist demo-output resume-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv-* build dist site demo-output resume-output .mypy_cache .pytest_cache .ruff_cache

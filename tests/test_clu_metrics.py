@@ -131,7 +131,7 @@ def test_the_table_has_every_class_that_metrax_and_clu_export():
 @pytest.mark.parametrize(
     ("module", "name", "outputs", "explicit"),
     [pytest.param(*case, False, marks=() if i % 4 == 0 else pytest.mark.slow) for i, case in enumerate(WORKING)]
-    + [pytest.param(*case, True, marks=pytest.mark.slow) for case in WORKING[::4]],
+    + [pytest.param(*case, True, marks=pytest.mark.slow) for case in WORKING[::12]],
     ids=lambda x: x if isinstance(x, str | bool) else "",
 )
 def test_a_class_on_eight_devices_gives_what_it_gives_by_itself(module, name, outputs, explicit):
@@ -180,7 +180,6 @@ def test_a_class_that_cannot_be_accumulated_says_why(module, name, why):
         why = why[1]
         assert metrics.compute()["loss"] == 1.0
     assert why in str(error.value)
-    assert name in str(error.value) or "x" in str(error.value)
 
 
 def test_results_agree_with_scikit_learn_on_eight_devices():
@@ -413,6 +412,55 @@ def test_windows_before_and_after_the_first_update_add_up():
     assert np.isnan(early["auc"])
 
 
+def test_a_state_of_short_floats_is_added_up_in_float32_also_in_a_trace():
+    @flax.struct.dataclass
+    class Short(clu.metrics.Metric):
+        total: jax.Array
+
+        @classmethod
+        def from_model_output(cls, values):
+            return cls(values.sum(dtype=jnp.bfloat16))
+
+        def merge(self, other):
+            return type(self)(self.total + other.total)
+
+        def compute(self):
+            return self.total.astype(jnp.float32)
+
+    metrics = DistributedMetrics({"x": Short})
+    for number in (200.0, 57.0):
+        metrics.update(x={"values": jnp.array([number])})
+    assert metrics.compute()["x"] == jax.jit(lambda metrics: metrics.compute()["x"])(metrics) == 257.0
+
+
+def test_a_setting_may_be_an_array_without_dims_also_in_front_of_the_batch():
+    @flax.struct.dataclass
+    class Scaled(clu.metrics.Metric):
+        total: jax.Array
+
+        @classmethod
+        def from_model_output(cls, scale, values):
+            return cls(scale * values.sum())
+
+        def merge(self, other):
+            return type(self)(self.total + other.total)
+
+        def compute(self):
+            return self.total
+
+    metrics = DistributedMetrics({"x": Scaled}, mesh=make_mesh({"data": 8}, explicit=False))
+    metrics.update(x={"scale": jnp.float32(2.0), "values": jnp.arange(8.0)})
+    assert (metrics.compute()["x"], metrics.compute().count["x"]) == (56.0, 8.0)
+
+
+def test_what_was_seen_before_the_first_value_of_a_class_stays_with_its_metric():
+    metrics = DistributedMetrics({"a": "sum", "auc": metrax.AUCROC, "b": "sum", "c": "min"})
+    metrics.update(a=1.0, b=2.0)
+    metrics.update({"auc": {"predictions": SCORES, "labels": LABELS}})
+    metrics.update(c=3.0)
+    assert [metrics.compute()[name] for name in "abc"] == [1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize("learnt_before", [False, True])
 def test_a_saved_metric_is_read_after_merge_into_an_object_that_has_its_class(learnt_before):
     metrics = DistributedMetrics({"auc": metrax.AUCROC, "loss": "mean"}, mesh=make_mesh({"data": 8}, explicit=False))
@@ -590,7 +638,7 @@ def test_what_cannot_be_right_is_an_error_that_shows_the_fix():
     with pytest.raises(TypeError, match="labels= of 'auc' is \\['a'\\], neither an array nor a setting"):
         metrics.update({"auc": {"predictions": SCORES, "labels": ["a"]}})
     fresh = DistributedMetrics({"auc": metrax.AUCROC})
-    with pytest.raises(ValueError, match=r"'auc': metrax\S*AUCROC: its from_model_output\(\) cannot be traced"):
+    with pytest.raises(ValueError, match=r"'auc': metrax\S*AUCROC: its from_model_output\(\) does not take these"):
         fresh.update({"auc": {"lables": LABELS}})
     with pytest.raises(TypeError, match="Give the class: Accuracy"):
         DistributedMetrics({"x": clu.metrics.Accuracy.empty()})
@@ -657,3 +705,19 @@ def test_names_in_a_tuple_and_in_the_repr():
     metrics.update(x=REGRESSION)
     assert list(metrics.compute()["x"]) == ["mae", "squared"]
     assert "metrax.regression_metrics.MAE" in repr(metrics)
+
+
+def test_arrays_of_the_host_are_partitioned_as_those_on_the_devices():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": metrax.Precision}, mesh=mesh)
+    scores = jax.device_put(SCORES, NamedSharding(mesh, P("data")))
+    metrics.update({"x": {"predictions": scores, "labels": np.asarray(LABELS)}})
+    alone = metrax.Precision.from_model_output(predictions=SCORES, labels=LABELS).compute()
+    np.testing.assert_allclose(metrics.compute()["x"], alone, rtol=1e-6)
+
+
+def test_what_is_learnt_takes_the_place_of_what_was_there_before():
+    metrics = DistributedMetrics({"x": Largest})
+    metrics.update({"x": {"values": jnp.arange(3.0)}})
+    assert set(nnx.state(metrics).keys()) == set(metrics._plan.variables)
+    assert jax.tree.leaves(nnx.state(metrics))[0].size > 0

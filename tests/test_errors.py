@@ -1,5 +1,6 @@
 """Every mistake has its own text, beside the mistake that brings it up; and nothing accumulated is lost."""
 
+import dataclasses
 import re
 
 import jax
@@ -10,7 +11,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import Accumulator, DistributedMetrics, Max, Mean
+from distributed_metrics import Accumulator, DistributedMetrics, Histogram, Max, Mean, Quantile, Std, Var
+from distributed_metrics.merging import MERGES
 from ways import make_mesh
 
 
@@ -30,6 +32,13 @@ class OddShape(Accumulator):
 
     def contribution(self, batch):
         return {"total": batch.elements}
+
+
+class NotReduced(Accumulator):
+    fields = {"total": "sum"}
+
+    def contribution(self, batch):
+        return {"total": batch.map(jnp.abs)}
 
 
 class OddMerge(Accumulator):
@@ -80,6 +89,25 @@ class Unhashable(Mean):
             "OddMerge.fields has unknown merges {'total': 'median'}.\n  Known: 'sum', 'max'",
         ),
         ({"loss": Unhashable()}, TypeError, "the accumulator of ['loss'] cannot be hashed"),
+        (
+            {"loss": Histogram},
+            TypeError,
+            "['loss'] is the class Histogram, not an accumulator.\n  Make one: Histogram(edges)",
+        ),
+        (
+            {"loss": "median"},
+            ValueError,
+            "Did you mean Quantile(0.5)?\n  Others have settings: Quantile(0.5), Histogram(",
+        ),
+        ({"loss": "average"}, ValueError, "Did you mean 'mean'?"),
+        (
+            {"x": Mean(shape=2), "x/0": "sum"},
+            ValueError,
+            "two results flatten to one name, 'x/0': one of those of ['x'], mean[2], and ['x/0'].\n  Rename one",
+        ),
+        ({"x": Mean(shape=2, labels=("a", "b")), "x/b": "sum"}, ValueError, "two results flatten to one name, 'x/b'"),
+        ({"x": Histogram([0, 1]), "x/overflow": "sum"}, ValueError, "two results flatten to one name, 'x/overflow'"),
+        ({"x": Mean(shape=2, labels=(0, 1))}, TypeError, "a label of ['x'] must be a string, got 0 (int).\n  For exam"),
         (["loss"], TypeError, "takes a dict of names to what is accumulated, not list"),
         ("loss", TypeError, 'For example: DistributedMetrics({"loss": "mean", "tokens": "sum"})'),
     ],
@@ -97,8 +125,41 @@ def test_a_bad_mesh_axis_or_policy_is_an_error():
         DistributedMetrics({"x": "mean"}, mesh=mesh, axis_name=("data", "data"))
     with pytest.raises(TypeError, match=r"takes a jax.sharding.Mesh, got int: 8.\n  For example: mesh=jax.make_mesh"):
         DistributedMetrics({"x": "mean"}, mesh=8)  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(ValueError, match=r"axis_name='data'\): there is no mesh(.|\n)*jax.set_mesh\(mesh\)"):
+        DistributedMetrics({"x": "mean"}, axis_name="data")
     with pytest.raises(ValueError, match="nan_policy='drop'"):
         DistributedMetrics({"x": "mean"}, nan_policy="drop")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: Mean(shape="3"), TypeError, "Mean(shape='3'): the shape of one element, such as 10 or (10, 3)."),
+        (lambda: Quantile("p99"), TypeError, "Quantile(q='p99'): a number, or several."),
+        (lambda: Quantile(0.5, "1%"), TypeError, "Quantile(relative_error='1%'): a number, or several."),  # type: ignore[arg-type]  # the mistake
+        (lambda: Histogram("auto"), TypeError, "Histogram(edges='auto'): a number, or several."),
+        (lambda: Mean(shape=(0,)), ValueError, "of sizes of 1 or more"),
+        (lambda: Mean(shape=2, labels=("a", "a")), ValueError, "the label 'a' is there twice"),
+        (lambda: Var(ddof="1"), ValueError, "Var(ddof='1'): a number, 0 or more"),  # type: ignore[arg-type]  # the mistake
+        (lambda: Std(ddof=-1), ValueError, "For example: Std(ddof=1)"),
+    ],
+)
+def test_a_bad_setting_is_an_error_when_the_accumulator_is_made(make, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        make()
+
+
+def test_names_that_may_be_elements_of_others_and_are_not():
+    spec = {"x": Mean(shape=12), "x/0": "sum", "x/012": "sum", "x/a": "sum", "y": "mean", "y/0": "sum"}
+    metrics = DistributedMetrics(spec)
+    metrics.update(x=np.ones(12), y=1.0, **{"x/0": 1.0, "x/012": 1.0, "x/a": 1.0, "y/0": 1.0})
+    assert len(metrics.compute().flatten()) == 12 + 5
+
+
+def test_flat_names_of_another_separator_may_not_be_one():
+    metrics = DistributedMetrics({"a": {"b": "mean"}, "a_b": "mean"})
+    with pytest.raises(ValueError, match=r"flatten\(sep='_'\): two results flatten to one name, 'a_b'"):
+        metrics.compute().flatten(sep="_")
 
 
 ONES = np.ones((4, 3), np.float32)
@@ -112,16 +173,23 @@ ONES = np.ones((4, 3), np.float32)
             {},
             ValueError,
             "metrics.update() got 'lss', which this object does not accumulate.\n"
-            "  It accumulates: 'loss', 'train/acc', 'ratio', 'vector'. Did you mean 'loss'?\n"
+            "  It accumulates: 'loss', 'train/acc', 'ratio', 'vector', 'tuple'. Did you mean 'loss'?\n"
             '  To add it: DistributedMetrics({..., "lss": "mean"})',
         ),
         ({"weights": 1.0}, {}, ValueError, "got 'weights', which this object does not accumulate"),
+        (
+            {"tuple/max": 1.0},
+            {},
+            ValueError,
+            "got 'tuple/max', which is a result of 'tuple'.\n  Give the value once, for all its statistics: "
+            "metrics.update({'tuple': x})",
+        ),
         ({"weights": 1.0}, {}, ValueError, "A mask or weights of the values are the argument weight=."),
         ({"loss": 1.0, "mask": 1.0}, {}, ValueError, "A mask or weights of the values are the argument weight=."),
         ({"weigth": 1.0}, {}, ValueError, "Did you mean the argument weight=?"),
         ({"train": {"ac": 1.0}}, {}, ValueError, "got 'train/ac', which this object does not accumulate"),
         ({"train": 1.0}, {}, ValueError, "got 'train', which this object does not accumulate"),
-        ({"train/acc": 1.0, "train": {"acc": 1.0}}, {}, ValueError, "metrics.update() got 'train/acc' twice."),
+        ({"train/acc": 1.0, "train": {"acc": 1.0}}, {}, ValueError, "metrics.update() got 'train/acc' twice: "),
         (1.0, {}, TypeError, "metrics.update() takes a dict of names to values, got float"),
         ({"loss": "high"}, {}, TypeError, "the value of 'loss' is no number: a str: 'high'."),
         (
@@ -209,7 +277,13 @@ ONES = np.ones((4, 3), np.float32)
 @pytest.mark.parametrize("where", ["eager", "jit"])
 def test_a_bad_update_is_an_error_and_changes_nothing(values, kwargs, error, text, where):
     metrics = DistributedMetrics(
-        {"loss": "mean", "train": {"acc": "mean"}, "ratio": "ratio", "vector": Mean(shape=(2,))}
+        {
+            "loss": "mean",
+            "train": {"acc": "mean"},
+            "ratio": "ratio",
+            "vector": Mean(shape=(2,)),
+            "tuple": ("mean", "max"),
+        }
     )
     metrics.update(loss=3.0, train={"acc": 5.0})
     update = (
@@ -239,6 +313,32 @@ def test_a_stateless_object_has_no_accumulators(method):
     assert metrics.names == ()
 
 
+def test_a_setting_that_comparisons_do_not_see_is_an_error():
+    class Scaled(Mean):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+    with pytest.raises(TypeError, match=r"\['x'\]: Scaled has the attribute 'scale', which is no field of a dataclass"):
+        DistributedMetrics({"x": Scaled(2.0)})
+
+
+def test_an_object_that_came_back_as_the_same_on_all_devices_is_an_error_that_says_so():
+    mesh = make_mesh({"data": 8}, explicit=False)
+    metrics = DistributedMetrics({"x": "mean"}, mesh=mesh)
+
+    def step(metrics, x):
+        metrics.update(x=x)
+        return metrics
+
+    specs = {"mesh": mesh, "in_specs": (P("data"), P("data"))}
+    whole = jax.jit(jax.shard_map(step, out_specs=P(), check_vma=False, **specs))(metrics, np.arange(8.0))
+    with pytest.raises(ValueError, match=r"have 1 of the 8 rows of their mesh(.|\n)*out_specs=P\('data'\)"):
+        whole.compute()
+    split = jax.jit(jax.shard_map(step, out_specs=P("data"), **specs))(metrics, np.arange(8.0))
+    assert split.compute()["x"] == 3.5
+
+
 @pytest.mark.parametrize(
     ("accumulator", "error", "text"),
     [
@@ -257,11 +357,32 @@ def test_a_stateless_object_has_no_accumulators(method):
             ValueError,
             "OddShape.contribution() returned 'total' of shape (2,), and the shape of OddShape is ()",
         ),
+        (
+            NotReduced(),
+            TypeError,
+            "NotReduced.contribution(): the field 'total' is a Batch, which is no number yet.\n  Reduce it",
+        ),
     ],
 )
 def test_an_accumulator_that_does_not_keep_its_word_is_an_error(accumulator, error, text):
     with pytest.raises(error, match=re.escape(text)):
         DistributedMetrics({"x": accumulator}).update(x=np.ones(2))
+
+
+class OtherMax(Max):
+    fields = {"largest": dataclasses.replace(MERGES["max"])}
+
+
+class OddMax(Max):
+    fields = {"largest": dataclasses.replace(MERGES["max"], combine=lambda a, b: a)}
+
+
+def test_two_merges_of_one_name_are_an_error_unless_they_are_alike():
+    DistributedMetrics({"a": "max", "b": OtherMax()})
+    with pytest.raises(
+        ValueError, match=r"is named 'max', and another merge has that name.\n  Merges that differ need"
+    ):
+        DistributedMetrics({"a": "max", "b": OddMax()})
 
 
 @pytest.mark.parametrize("name", ["weight", "spec"])
@@ -317,6 +438,14 @@ def test_a_value_on_other_devices_is_an_error_that_names_both(mesh):
     assert str(half) in str(error.value)
 
 
+def test_a_value_on_explicit_axes_that_the_rows_do_not_have_is_an_error():
+    of_rows, of_value = make_mesh({"data": 8}, explicit=True), make_mesh({"batch": 8}, explicit=True)
+    metrics = DistributedMetrics({"x": "mean"}, mesh=of_rows)
+    x = jax.device_put(np.arange(8.0, dtype=np.float32), NamedSharding(of_value, P("batch")))
+    with pytest.raises(ValueError, match="'x' lies on other devices than the accumulators"):
+        nnx.jit(lambda metrics, x: metrics.update(x=x))(metrics, x)
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "text"),
     [
@@ -361,7 +490,7 @@ def test_rows_that_enter_mapped_code_unsplit_are_an_error(mesh, method):
     with pytest.raises(ValueError, match="8 rows of the accumulators entered code that is mapped over") as error:
         nnx.shard_map(call, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))(metrics, sharded(mesh))
     assert "Split them over all their axes: in_specs=P(('data',))" in str(error.value)
-    with pytest.raises(ValueError, match="8 rows of the accumulators entered code that is mapped over"):
+    with pytest.raises(ValueError, match="8 rows of the accumulators entered code that is mapped by pmap"):
         nnx.pmap(call, in_axes=(None, 0))(metrics, np.ones((8, 2)))
     alone = DistributedMetrics({"x": "mean"})
     with pytest.raises(ValueError, match="this object has one row, and here 8 devices are mapped over"):

@@ -1,10 +1,10 @@
-"""Threads, guards, traces within traces, other configurations: what surrounds an object while it lives."""
+"""Guards, traces within traces, other configurations: what surrounds an object while it lives."""
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
-import threading
 
 import flax
 import jax
@@ -15,9 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import DistributedMetrics, Histogram, Quantile, count_collectives
+from distributed_metrics import DistributedMetrics, Histogram, Quantile, count_collectives, programs
 from distributed_metrics.audit import compiled_text
-from distributed_metrics.metrics import _read_program
 from ways import make_mesh
 
 SPEC = {"x": ("mean", "max"), "n": "sum"}
@@ -70,37 +69,12 @@ def test_eager_flush_costs_no_collective(mesh, fresh):
     """The one program that an eager compute() or flush() runs."""
     metrics = DistributedMetrics(SPEC, mesh=mesh)
     tables = metrics._tables()
-    program = _read_program(metrics._plan, metrics._situation(tables).view, fresh)
+    program = programs.read(metrics._plan, metrics._situation(tables).view, fresh)
     assert count_collectives(program, tables) == {}
     words, new = program(tables)
     assert len(jax.tree.leaves(words)) == 1
     assert words.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), words.ndim)
     assert (new is not None) == fresh
-
-
-def test_threads_lose_nothing_and_count_nothing_twice(mesh):
-    metrics = DistributedMetrics({"x": ("sum", "count")}, mesh=mesh)
-    metrics.update(x=1.0)
-    windows = [metrics.flush()]
-    updates, threads = 200, 4
-
-    def work():
-        for _ in range(updates):
-            metrics.update(x=1.0)
-
-    def read():
-        for _ in range(50):
-            windows.append(metrics.flush())
-            metrics.compute().flatten()
-
-    running = [threading.Thread(target=work) for _ in range(threads)] + [threading.Thread(target=read)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join(60)
-    windows.append(metrics.flush())
-    assert sum(window["x"]["sum"] for window in windows) == updates * threads + 1
-    assert sum(window["x"]["count"] for window in windows) == updates * threads + 1
 
 
 @pytest.mark.parametrize(
@@ -136,7 +110,7 @@ def test_an_update_inside_an_inner_trace_is_an_error_that_shows_the_way_out(tran
     with pytest.raises(flax.errors.TraceContextError) as error:
         outer(transform)(metrics, jnp.float32(1.0))
     assert "the accumulators belong to an outer trace" in str(error.value)
-    assert "nnx.value_and_grad(loss_fn, has_aux=True)" in str(error.value)
+    assert re.search(r"has_aux=True|nnx.jit\(lambda metrics: metrics.(reset|flush)\(\)\)\(metrics\)", str(error.value))
     assert metrics.compute().flatten() == {"x/mean": 3.0, "x/max": 3.0}
 
 
@@ -187,7 +161,7 @@ def test_an_object_with_a_mesh_is_garbage_collected():
     import gc
     import weakref
 
-    metrics = DistributedMetrics(SPEC)
+    metrics = DistributedMetrics(SPEC, mesh=make_mesh({"data": 8}, explicit=False))
     metrics.update(x=1.0)
     metrics.flush()
     gone = weakref.ref(metrics)
@@ -271,20 +245,24 @@ def test_count_collectives_sees_those_of_any_program(mesh):
 
 HERE = pathlib.Path(__file__).parent
 FEW_WAYS = "explicit-2d or jax.shard_map-2d"
-NUMBERS = "shape_and_dtype and jit or weighted or removes or million or exact or large or one_to_eight or numbers_count"
+NUMBERS = "shape_and_dtype and jit or weighted or removes or ten_million or exact or large or numbers_count"
+STATISTICS = "certified and one or of_one_element or weight_in_each_bin or a_million_updates or float64-8 or 48_bits"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("environment", "files"),
+    ("environment", "chosen", "files"),
     [
-        ({"JAX_ENABLE_X64": "1"}, ["test_ways.py", "test_values.py"]),
-        ({"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}, ["test_values.py"]),
+        ({"JAX_ENABLE_X64": "1"}, f"({FEW_WAYS}) and float64_numpy or {NUMBERS}", ["test_ways.py", "test_values.py"]),
+        (
+            {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"},
+            f"test_values and ({NUMBERS}) or test_statistics and ({STATISTICS})",
+            ["test_values.py", "test_statistics.py"],
+        ),
     ],
     ids=["x64", "fast-math"],
 )
-def test_the_numbers_are_the_same_in_other_configurations(environment, files):
-    chosen = f"({FEW_WAYS}) and float64_numpy or ({NUMBERS})"
+def test_the_numbers_are_the_same_in_other_configurations(environment, chosen, files):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(
         command, cwd=HERE, env=os.environ | environment, timeout=400, capture_output=True, text=True, check=False

@@ -33,7 +33,7 @@ def names(k):
 
 def programs():
     """How many update programs have been made so far: of the quick way and of the careful one."""
-    return eager._program.cache_info().misses, distributed_metrics.metrics._update_program.cache_info().misses
+    return eager.program.cache_info().misses, distributed_metrics.programs.update.cache_info().misses
 
 
 def held(metrics):
@@ -179,12 +179,11 @@ def test_a_jitted_loop_traces_its_step_once():
     assert len(traced) == 1
 
 
-def instructions(kind, k, batch=4096):
+def instructions(kind, k, batch=4096, weight=None):
     """What the compiled update of k metrics executes, each element of its entry that is no input or output."""
     metrics = DistributedMetrics(dict.fromkeys(names(k), kind), mesh=MESH)
-    text = compiled_text(
-        jax.jit(lambda m, v: (m.update(v), m)[1]), metrics, dict.fromkeys(names(k), put(np.ones(batch)))
-    )
+    step = jax.jit(lambda m, v, w: (m.update(v, weight=w), m)[1])
+    text = compiled_text(step, metrics, dict.fromkeys(names(k), put(np.ones(batch))), weight)
     found = re.findall(r" = .*? ([a-z-]+)\(", text[text.rindex("ENTRY") :])
     return len([one for one in found if one not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")])
 
@@ -194,6 +193,11 @@ def instructions(kind, k, batch=4096):
 )
 def test_an_update_executes_the_same_few_instructions_for_any_number_of_metrics(kind, most):
     assert instructions(kind, 20) == instructions(kind, 60) <= most
+
+
+def test_one_weight_for_all_metrics_is_one_array_of_the_update():
+    weight = put(np.ones(4096))
+    assert instructions("mean", 20, weight=weight) == instructions("mean", 60, weight=weight)
 
 
 @pytest.mark.parametrize("kind", ["mean", "std", "last"])
@@ -231,12 +235,12 @@ def test_a_flush_is_one_program_and_one_copy(monkeypatch):
     metrics.flush().flatten()
     fetch = distributed_metrics.snapshot.on_host
     monkeypatch.setattr(distributed_metrics.snapshot, "on_host", lambda x: (copies.append(x), fetch(x))[1])
-    before = distributed_metrics.metrics._read_program.cache_info()
+    before = distributed_metrics.programs.read.cache_info()
     for _ in range(5):
         metrics.update(a=put(np.ones(8)), d=1.0)
         snapshot = metrics.flush()
         snapshot.flatten(), snapshot["a"], snapshot.count["a"]
-    after = distributed_metrics.metrics._read_program.cache_info()
+    after = distributed_metrics.programs.read.cache_info()
     assert (after.misses - before.misses, after.hits - before.hits) == (0, 5)
     assert len(copies) == 5
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import DistributedMetrics, Histogram, PeriodicFlush, Snapshot, delivery
+from distributed_metrics import DistributedMetrics, Histogram, PeriodicFlush, Snapshot, Sum, delivery
 from distributed_metrics.writers import MemoryWriter
 from processes import run
 
@@ -267,6 +267,8 @@ def test_windows_are_added_together_where_writers_cannot_keep_up():
         for step in range(2 * windows):
             metrics.update(loss=float(step), x=0.5)
             flusher(step, load=step)
+            with flusher.pause():
+                pass
         gate.set()
     assert len(slow.written) <= delivery.MOST_WAITING + 2
     assert slow.steps == sorted(slow.steps)
@@ -292,6 +294,49 @@ def test_what_is_written_keeps_its_place_also_where_writers_cannot_keep_up():
             assert seen == step + 1
         seen += numbers.get("loss", 0.0)
     assert seen == 100
+
+
+def test_a_jitted_function_cannot_flush_a_window_and_nothing_is_lost():
+    metrics, memory = DistributedMetrics({"loss": "mean"}), MemoryWriter()
+    with PeriodicFlush(metrics, 1, memory) as flusher:
+        metrics.update(loss=3.0)
+
+        @nnx.jit
+        def step(metrics):
+            flusher(0, metrics)
+
+        with pytest.raises(TypeError, match=r"called inside a jitted function(.|\n)*Call it after the step"):
+            step(metrics)
+        flusher(0)
+    assert memory.to_dict()["loss"]["value"] == [3.0]
+
+
+def test_what_derive_gives_is_numbers():
+    for given, text in (({"a": np.ones(3)}, r"'a', which is no number: an array of shape \(3,\)"), ({"a": "x"}, "str")):
+        metrics = DistributedMetrics({"loss": "mean"})
+        with pytest.raises(TypeError, match=text):
+            with PeriodicFlush(
+                metrics, 1, MemoryWriter(), derive=lambda numbers, window, given=given: given
+            ) as flusher:
+                metrics.update(loss=1.0)
+                flusher(0)
+
+
+def test_a_run_that_derive_has_stopped_does_not_ask_it_again():
+    metrics, asked = DistributedMetrics({"loss": "mean"}), []
+
+    def derive(numbers, window):
+        asked.append(numbers["loss"])
+        raise FloatingPointError("stop")
+
+    with pytest.raises(FloatingPointError):
+        with PeriodicFlush(metrics, 2, MemoryWriter(), derive=derive) as flusher:
+            for step in range(3):
+                metrics.update(loss=1.0)
+                if step == 2:
+                    wait_until(lambda: asked)
+                flusher(step)
+    assert len(asked) == 1
 
 
 def wait_until(condition):
@@ -483,8 +528,25 @@ def test_misuse_is_an_error_that_shows_the_way():
         PeriodicFlush(DistributedMetrics(), 1)
     with pytest.raises(ValueError, match=r"'loss' is no sum or count.*'tokens', 'v'"):
         PeriodicFlush(metrics, 1, rates=["loss"])
+    vector = DistributedMetrics({"v": Sum(shape=3)})
+    with pytest.raises(ValueError, match=r"'v' is no scalar, but of shape \(3,\)"):
+        PeriodicFlush(vector, 1, rates=["v"])
     with pytest.raises(TypeError, match="int"):
         PeriodicFlush(metrics, 1, [3])
+    for writer, text in (("run.jsonl", r"JsonLinesWriter\('run.jsonl'\)"), (None, r"For no writer: \(\)")):
+        with pytest.raises(TypeError, match=text):
+            PeriodicFlush(metrics, 1, writer)
+    with pytest.raises(TypeError, match=r"derive=\{\}\): a function"):
+        PeriodicFlush(metrics, 1, derive={})
+    with pytest.raises(TypeError, match="prefix=3"):
+        PeriodicFlush(metrics, 1, prefix=3)
+    with pytest.raises(ValueError, match=r"PeriodicFlush\(timeout=-1\): a positive number"):
+        PeriodicFlush(metrics, 1, timeout=-1)
+    for taken, rates in (("steps_per_sec", ()), ("n_per_sec", ["n"])):
+        with pytest.raises(ValueError, match=f"the metric '{taken}' has the name of a number that it adds"):
+            PeriodicFlush(DistributedMetrics({taken: "mean", "n": "count"}), 1, rates=rates)
+    with PeriodicFlush(vector, 1) as flusher, pytest.raises(ValueError, match="has a number 'v/1' already"):
+        flusher(0, **{"v/1": 3.0})
     flusher = PeriodicFlush(metrics, 1)
     with pytest.raises(RuntimeError, match="with PeriodicFlush"):
         flusher(0)
@@ -499,6 +561,13 @@ def test_misuse_is_an_error_that_shows_the_way():
             flusher(0, tokens=3)
         with pytest.raises(TypeError, match="got list"):
             flusher.write(0, [1.0])
+        for wrong in (None, "hi", 1j):
+            with pytest.raises(TypeError, match=r"flusher.write\(\): 'note' is no number"):
+                flusher.write(0, {"loss": 1.0, "note": wrong})
+        with pytest.raises(TypeError, match=r"start_epoch\(\) takes a Snapshot, got dict(.|\n)*Snapshot.from_dict"):
+            flusher.start_epoch({})
+        with pytest.raises(TypeError, match=r"The step comes first: flusher\(step, metrics\)"):
+            flusher(metrics, 0)
         with pytest.raises(TypeError, match=r"got DistributedMetrics.\n  Of metrics: metrics.flush\(\)"):
             flusher.write(0, metrics)
         with pytest.raises(RuntimeError, match="another one that is open flushes the same object"):

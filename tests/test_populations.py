@@ -132,6 +132,8 @@ def test_members_that_were_put_one_behind_the_other_are_an_error_that_shows_the_
         dict(jax.jit(mapped(lambda x: member(x).flush()))(np.arange(16.0)))
     with pytest.raises(ValueError, match=r"is one row, and this one has 8: .*\n.*jax.shard_map\(jax.vmap\(step\)"):
         jax.jit(mapped(member))(np.arange(16.0)).flush()
+    with pytest.raises(ValueError, match=r"is one row, and this one has 8"):
+        jax.jit(mapped(jax.vmap(member), out_specs=P(None, "seeds")))(np.arange(16.0)).flush()
     with pytest.raises(ValueError, match=r"axis_name=\(\)\): one row, .* leave mesh= out"):
         DistributedMetrics({"x": "mean"}, mesh=mesh, axis_name=())
     sharded = jax.device_put(np.arange(16.0), NamedSharding(mesh, P("seeds")))

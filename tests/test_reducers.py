@@ -80,7 +80,7 @@ WAYS = {
     "pmap-bare": lambda fn: jax.pmap(fn, out_axes=None),
     "pmap-named": lambda fn: jax.pmap(fn, axis_name="batch", out_axes=None),
     "pmap-other-name": lambda fn: jax.pmap(fn, axis_name="devices", out_axes=None),
-    "vmap": lambda fn: lambda tree: jax.tree.map(lambda x: x[3], jax.vmap(fn, axis_name="batch")(tree)),
+    "vmap": lambda fn: jax.jit(lambda tree: jax.tree.map(lambda x: x[3], jax.vmap(fn, axis_name="batch")(tree))),
 }
 AXIS = {
     "shard_map": "data",
@@ -195,6 +195,14 @@ def test_a_buffer_holds_every_leaf_of_its_dtype():
         shard_mapped(reduce_mean).lower(MANY)
     sent = sorted((str(call.args[0].dtype), call.args[0].shape) for call in pmean.call_args_list)
     assert sent == [("bfloat16", (7,)), ("float32", (20,)), ("int32", (5,))]
+
+
+def test_large_arrays_are_not_copied_into_a_buffer():
+    shapes = [(2**16,), (4,), (2**16 + 1,), (2, 2**16)]
+    with mock.patch("jax.lax.pmean", wraps=lax.pmean) as pmean:
+        shard_mapped(reduce_mean).lower([np.zeros((8, *shape), np.float32) for shape in shapes])
+    sent = sorted(call.args[0].shape for call in pmean.call_args_list)
+    assert sent == [(2, 2**16), (2**16 + 1,), (2**16 + 4,)]
 
 
 def test_a_lone_leaf_goes_to_lax_as_it_is():

@@ -224,6 +224,6 @@ def test_the_total_of_an_epoch_is_saved_and_goes_on_in_the_next_run():
 def test_an_epoch_does_not_go_on_from_another_spec():
     metrics, other = DistributedMetrics({"x": "mean"}), DistributedMetrics({"x": "max"})
     with PeriodicFlush(metrics, 3) as flusher:
-        with pytest.raises(ValueError, match=r"metrics.start_epoch\(\): the snapshot is of another spec"):
+        with pytest.raises(ValueError, match=r"flusher.start_epoch\(\): the snapshot is of another spec"):
             flusher.start_epoch(other.compute())
         assert flusher.total().count["x"] == 0

@@ -26,11 +26,12 @@ INTEGERS = rng.integers(-(2**31), 2**31, SHAPE).astype(np.int32)
 
 SHARDINGS = [
     P(("data", "fsdp"), "context"),
-    P("data"),
-    P(None, "context"),
-    P(("data", "fsdp", "context")),
     P(("context", "data"), "fsdp"),
     P(),
+    *(
+        pytest.param(spec, marks=pytest.mark.slow)
+        for spec in (P("data"), P(None, "context"), P(("data", "fsdp", "context")))
+    ),
 ]
 
 
@@ -165,18 +166,54 @@ def test_leading_dims_that_the_rows_do_not_divide_count_once(leading, explicit):
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_replicated_values_scalars_and_constants_count_once_in_the_global_view(explicit):
     mesh = make_mesh({"data": 4, "model": 2}, explicit)
-    metrics = DistributedMetrics({"a": "sum", "b": "sum", "c": "sum", "d": "count"}, mesh=mesh)
+    metrics = DistributedMetrics({"a": "sum", "b": "sum", "c": "sum", "d": "count", "e": "sum"}, mesh=mesh)
     x = jax.device_put(np.ones(16, np.float32), NamedSharding(mesh, P("data")))
+    constant = rng.lognormal(size=800)
 
     @nnx.jit
     def program(metrics, x):
-        metrics.update(a=jnp.sum(x), b=0.1, c=np.int64(2**40), d=np.ones((3, 5)))
+        metrics.update(a=jnp.sum(x), b=0.1, c=np.int64(2**40), d=np.ones((3, 5)), e=constant)
 
     program(metrics, x)
     program(metrics, x)
     snapshot = metrics.flush()
     assert snapshot["b"] == pytest.approx(0.2, rel=2**-45)
+    assert snapshot["e"] == pytest.approx(2 * constant.sum(), rel=2**-45)
     assert (snapshot["a"], snapshot["c"], snapshot["d"]) == (32.0, 2.0**41, 30.0)
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_a_spec_for_all_values_says_nothing_of_scalars(jitted):
+    metrics = DistributedMetrics({"x": "sum", "a": "sum", "b": "sum"}, mesh=make_mesh({"data": 8}, explicit=False))
+    x = jax.device_put(X, NamedSharding(make_mesh({"data": 8}, explicit=False), P("data")))
+
+    def update(metrics, x, a):
+        metrics.update(x=x, a=a, b=2.0, spec=P("data"))
+
+    (nnx.jit(update) if jitted else update)(metrics, x, jnp.float32(3.0))
+    assert metrics.compute()["x"] == pytest.approx(X.sum(dtype=np.float64), rel=2**-45)
+    assert (metrics.compute()["a"], metrics.compute()["b"]) == (3.0, 2.0)
+
+
+@pytest.mark.parametrize("spec", [P(), P("data"), P("model")], ids=str)
+def test_a_weight_on_explicit_axes_may_lie_otherwise_than_its_value(spec):
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=True)
+    metrics = DistributedMetrics({"x": "sum"}, mesh=mesh)
+    x, weight = (jax.device_put(one, NamedSharding(mesh, s)) for one, s in ((X, P("data", "model")), (WEIGHT, spec)))
+    nnx.jit(lambda metrics, x, weight: metrics.update(x=x, weight=weight))(metrics, x, weight)
+    expected = (X.astype(np.float64) * WEIGHT).sum()
+    assert metrics.compute()["x"] == pytest.approx(expected, rel=2**-45)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_values_of_one_shape_on_a_device_that_lie_differently_count_each_in_its_way(explicit):
+    mesh = make_mesh({"data": 8}, explicit)
+    metrics = DistributedMetrics({"a": "sum", "b": "sum"}, mesh=mesh)
+    specs = {"a": P("data"), "b": P()}
+    values = {"a": np.arange(16, dtype=np.float32), "b": np.ones(2, np.float32)}
+    values = {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in values.items()}
+    nnx.jit(lambda m, v: m.update(v, spec=None if explicit else specs))(metrics, values)
+    assert dict(metrics.compute()) == {"a": 120.0, "b": 2.0}
 
 
 def test_axis_name_spreads_rows_over_some_axes_only():
@@ -200,9 +237,11 @@ def test_ratio_parts_may_be_sharded_differently():
     x = jax.device_put(X, NamedSharding(mesh, P("data")))
     nnx.jit(lambda m, x: m.update(r=(x, jnp.float32(100.0))))(metrics, x)
     metrics.update(r=(x, 100))
+    metrics.update(r=(x, 100), weight=0.5)
+    metrics.update(r=(x, 100), weight=np.array(True))
     snapshot = metrics.flush()
     assert snapshot["r"] == pytest.approx(X.sum(dtype=np.float64) / 100, rel=2**-45)
-    assert snapshot.count["r"] == 200
+    assert snapshot.count["r"] == 350
 
 
 def test_partly_mapped_code_spreads_over_the_axes_that_are_left():
@@ -256,6 +295,46 @@ def test_code_that_is_mapped_over_all_axes_of_the_rows_has_a_global_view_of_the_
     assert first["x"] == once
     for snapshot in (second, metrics.compute()):
         assert snapshot["x"] == {**once, "sum": pytest.approx(total + 8, rel=1e-6), "count": X.size + 4, "last": 2.0}
+
+
+def test_in_code_that_is_mapped_over_the_rows_a_value_over_other_axes_is_merged_and_not_moved():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=False)
+    metrics = DistributedMetrics({"x": ("sum", "count", "max", "last")}, mesh=mesh, axis_name="data")
+    x = jax.device_put(X, NamedSharding(mesh, P("data", "model")))
+
+    @jax.jit
+    def program(metrics, x):
+        def local(metrics, x):
+            metrics.update(x=x, spec=P(None, "model"))
+            return metrics
+
+        split = P("data")
+        return jax.shard_map(local, mesh=mesh, in_specs=(split, split), out_specs=split, axis_names={"data"})(
+            metrics, x
+        )
+
+    (line,) = collective_lines(compiled_text(program, metrics, x))
+    assert "f32[4," not in line, f"more than accumulators is sent: {line}"
+    assert program(metrics, x).compute()["x"]["sum"] == pytest.approx(X.sum(dtype=np.float64), rel=2**-45)
+
+
+def test_in_code_that_is_mapped_over_the_rows_types_say_how_values_lie_over_explicit_axes():
+    mesh = make_mesh({"data": 4, "model": 2}, explicit=True)
+    metrics = DistributedMetrics({"x": "sum"}, mesh=mesh, axis_name="data")
+
+    @jax.jit
+    def program(metrics, x):
+        def local(metrics, x):
+            metrics.update(x=jax.sharding.reshard(x, P(None, "model")))
+            return metrics
+
+        split = P("data")
+        return jax.shard_map(local, mesh=mesh, in_specs=(split, split), out_specs=split, axis_names={"data"})(
+            metrics, x
+        )
+
+    metrics = program(metrics, jax.device_put(X, NamedSharding(mesh, P("data"))))
+    assert metrics.compute()["x"] == pytest.approx(X.sum(dtype=np.float64), rel=2**-45)
 
 
 def test_the_last_element_is_that_of_the_last_device_also_where_xla_reduces():
@@ -379,3 +458,17 @@ def test_one_row_under_jit_on_auto_axes_reduces_and_moves_no_value(shape):
         "max": values.max(),
     }
     assert set(count_collectives(program, metrics, x)) <= {"all-reduce"}
+
+
+@pytest.mark.parametrize(
+    ("axes", "of_denominator", "spec"),
+    [({"data": 8}, 3, None), ({"data": 4, "model": 2}, 16, {"r": (P("data"), None)})],
+    ids=["guessed", "given"],
+)
+def test_of_a_ratio_how_one_part_lies_may_be_all_that_is_known(axes, of_denominator, spec):
+    mesh = make_mesh(axes, explicit=False)
+    metrics = DistributedMetrics({"r": "ratio"}, mesh=mesh)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    y = jax.device_put(np.ones(of_denominator, np.float32), NamedSharding(mesh, P()))
+    nnx.jit(lambda m, x, y: m.update(r=(x, y), spec=spec))(metrics, x, y)
+    assert metrics.compute()["r"] == pytest.approx(X.sum(dtype=np.float64) / of_denominator, rel=1e-6)

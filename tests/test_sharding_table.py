@@ -154,7 +154,7 @@ def only(spec: P, manual: set[str]) -> P:
 def run_eagerly(call: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """An eager update is one compiled program as well: it is counted when it is called."""
     counted: collections.Counter[str] = collections.Counter()
-    quick, careful = distributed_metrics.eager._program, distributed_metrics.metrics._update_program
+    quick, careful = distributed_metrics.eager.program, distributed_metrics.programs.update
 
     def counting(program):
         def counted_program(*args):
@@ -167,8 +167,8 @@ def run_eagerly(call: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         program = quick(*static)
         return program and replace(program, run=counting(program.run))
 
-    monkeypatch.setattr(distributed_metrics.eager, "_program", quick_counting)
-    monkeypatch.setattr(distributed_metrics.metrics, "_update_program", lambda *static: counting(careful(*static)))
+    monkeypatch.setattr(distributed_metrics.eager, "program", quick_counting)
+    monkeypatch.setattr(distributed_metrics.programs, "update", lambda *static: counting(careful(*static)))
     call()
     return dict(counted)
 

@@ -83,10 +83,8 @@ def test_vectors_flatten_to_one_float_per_element_zero_padded():
     assert flat["acc/003"] == 53.5
     assert flat["grid/1/2"] == 5.0
     assert len(flat) == 107
-    mask = np.ones((1, 101))
     assert metrics.compute()["acc"].shape == (101,)
     assert metrics.compute()["acc"].dtype == np.float64
-    assert mask.shape == (1, 101)
 
 
 def test_labels_name_the_elements_and_name_the_member_of_a_tuple():
@@ -153,6 +151,8 @@ def test_a_snapshot_outlives_updates_flushes_and_donation(metrics):
     jax.jit(lambda m: (m.update(x=2.0), m)[1], donate_argnums=0)(one)
     with pytest.raises(RuntimeError, match="these accumulators were donated"):
         one.compute()
+    with pytest.raises(RuntimeError, match="these accumulators were donated"):
+        one.update(x=jnp.ones(3))
 
 
 def test_a_jitted_step_returns_a_snapshot(metrics):
@@ -166,7 +166,7 @@ def test_a_jitted_step_returns_a_snapshot(metrics):
     assert snapshot.flatten() == FLAT
     assert (float(loss), float(largest), float(count)) == (2.0, 8.0, 3.0)
     assert loss.dtype == jnp.float32
-    with pytest.raises(ValueError, match="made in a trace, or a sum of snapshots: the rows are merged"):
+    with pytest.raises(ValueError, match=r"made in a trace, a sum of snapshots, or .*: the rows are merged"):
         snapshot.per_device("loss")
     with pytest.raises(TypeError, match="in a trace there are none yet"):
         nnx.jit(lambda m: m.compute().flatten())(metrics)
@@ -273,7 +273,7 @@ def test_objects_can_be_copied(metrics):
     assert other.compute().flatten() == clone.compute().flatten() == FLAT
 
 
-@pytest.mark.parametrize("windows", [1, 2, 5])
+@pytest.mark.parametrize("windows", [1, 5])
 def test_windows_add_up_to_the_epoch(mesh, windows):
     spec = {"x": ("mean", "sum", "count", "max", "min"), "r": "ratio", "v": Mean(shape=(2,)), "unseen": ("mean", "max")}
     metrics, epoch = (DistributedMetrics(spec, mesh=mesh) for _ in range(2))
@@ -290,7 +290,7 @@ def test_windows_add_up_to_the_epoch(mesh, windows):
     assert np.isnan(total["unseen"]["max"])
     traced = jax.jit(lambda parts: sum(parts[1:], parts[0]))(parts)
     assert traced.flatten() == pytest.approx(whole.flatten(), rel=2**-45)
-    with pytest.raises(ValueError, match="made in a trace, or a sum of snapshots"):
+    with pytest.raises(ValueError, match="made in a trace, a sum of snapshots"):
         (parts[0] + parts[0]).per_device("x/mean")
 
 
@@ -316,6 +316,8 @@ def test_stacked_windows_add_member_by_member():
 
 def test_snapshots_of_different_specs_do_not_add():
     one, other = DistributedMetrics({"x": "mean"}).compute(), DistributedMetrics({"x": "sum"}).compute()
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + one
     with pytest.raises(ValueError, match="they are of different specs") as error:
         one + other
     assert "'x': mean() and sum()" in str(error.value)
@@ -335,3 +337,17 @@ def test_populations_of_other_sizes_do_not_add(traced):
     add = jax.jit(lambda a, b: a + b) if traced else (lambda a, b: a + b)
     with pytest.raises(ValueError, match=r"the left one has the leading dims \(3,\), the right one \(\)"):
         add(population, jax.tree.map(lambda x: x[0], population))
+    with pytest.raises(ValueError, match=r"the left one has the leading dims \(3,\), the right one \(1,\)"):
+        add(population, jax.tree.map(lambda x: x[:1], population))
+
+
+def test_results_by_flat_name_are_a_mapping():
+    metrics = DistributedMetrics({"r": ("mean", "max")})
+    metrics.update(r=jnp.arange(3.0))
+    count = metrics.compute().count
+    assert dict(count) == {"r/mean": 3.0, "r/max": 3.0}
+    assert "r" in count
+    assert count["r"] == count.get("r") == 3.0
+    assert "s" not in count
+    with pytest.raises(KeyError, match="this snapshot has 'r/mean', 'r/max'"):
+        count["s"]

@@ -96,10 +96,13 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
     [
         *itertools.product([scanned], [False, True], [ONE, TWO], [AUTO, EXPLICIT]),
         *((loop, False, ONE, AUTO) for loop in (counted, scanned_by_nnx, beside_gradients)),
-        *((loop, True, TWO, EXPLICIT) for loop in (counted, scanned_by_nnx, beside_gradients)),
+        *(
+            pytest.param(loop, True, TWO, EXPLICIT, marks=pytest.mark.slow)
+            for loop in (counted, scanned_by_nnx, beside_gradients)
+        ),
     ],
 )  # fmt: skip
-def test_on_eight_devices_with_one_collective(loop, mapped, axes, kind):
+def test_on_eight_devices_where_it_is_mapped_with_one_collective(loop, mapped, axes, kind):
     told: list[tuple[int, float]] = []
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
     rows, values = P(tuple(axes)), P(None, tuple(axes))
@@ -287,3 +290,15 @@ sys.exit(0)
         [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split() == ["4", "2.0", "9", "7.0", "14", "12.0", "19", "17.0"]
+
+
+def test_an_eager_flush_is_told_on_the_same_thread_as_others():
+    metrics, told = DistributedMetrics({"loss": "mean"}), []
+    for step in range(4):
+        metrics.update(loss=float(step))
+        flush_every(
+            metrics, step, 2, lambda step, window: told.append((step, window["loss"], threading.current_thread()))
+        )
+    wait_for_callbacks()
+    assert [one[:2] for one in told] == [(1, 0.5), (3, 2.5)]
+    assert {thread.name for *_, thread in told} == {"flush_every"}

@@ -15,6 +15,8 @@ SPEC = {
     "never": "mean",
 }
 BATCH = 32
+TRACED = [way for way in WAYS if not way.name.startswith("eager")]
+"""An eager ``compute()`` is not traced: ``test_eager_flush_costs_no_collective``."""
 
 
 def batch(seed: int) -> dict[str, np.ndarray]:
@@ -90,7 +92,7 @@ def in_scope(way):
 
 @pytest.mark.usefixtures("in_scope")
 class TestEveryWay:
-    def test_results_equal_float64_numpy_over_many_steps_and_windows(self, way):
+    def test_results_equal_float64_numpy_over_many_windows_and_updates_send_nothing(self, way):
         metrics = way.make(SPEC)
         traces = []
 
@@ -113,28 +115,25 @@ class TestEveryWay:
         assert_shapes_kept(metrics, before, way)
         if way.program:
             assert len(traces) == warm, "the body was traced again after a flush"
-
-    def test_update_has_no_collective(self, way):
-        assert _collectives(way, update) == {}
+            assert count_collectives(run, metrics, way.place(batches[0])) == {}
 
     @pytest.mark.parametrize(
         "way",
-        [pytest.param(way, id=way.name, marks=() if way in SOME_WAYS else pytest.mark.slow) for way in WAYS],
+        [pytest.param(way, id=way.name, marks=() if way in SOME_WAYS else pytest.mark.slow) for way in TRACED],
         indirect=True,
     )
     def test_traced_compute_and_flush_cost_at_most_one_collective_and_agree_with_eager_ones(self, way):
-        if way.name.startswith("eager"):
-            return  # there compute() is not traced; see test_eager_flush_costs_no_collective
         batches = [batch(i) for i in range(2)]
+        add = way.step(way, update)
         for method in ("compute", "flush"):
             metrics = way.make(SPEC)
-            add, read = way.step(way, update), way.step(way, lambda m, v, method=method: getattr(m, method)())
+            read = way.step(way, lambda m, v, method=method: getattr(m, method)())
             metrics, _ = add(metrics, way.place(batches[0]))
             metrics, _ = add(metrics, way.place(batches[1]))
             eager = metrics.compute().flatten()
             values = way.place(batches[0])
             if way.program:
-                few = _collectives(way, lambda m, v, method=method: getattr(m, method)())
+                few = count_collectives(read, metrics, values)
                 assert sum(few.values()) == (0 if way.axes is None else way.copies)
             metrics, snapshot = read(metrics, values)
             if way.stacked and method == "flush":
@@ -166,13 +165,3 @@ class TestEveryWay:
         assert_shapes_kept(metrics, before, way)
         if way.program:
             assert len(traces) == warm
-
-
-def _collectives(way, body):
-    if not way.program:
-        return {}
-    metrics = way.make(SPEC)
-    run = way.step(way, body)
-    values = way.place(batch(0))
-    metrics, _ = run(metrics, values)
-    return count_collectives(run, metrics, values)

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 
 import jax
@@ -140,6 +141,16 @@ def test_tensorboard_keeps_nan_and_infinities_and_what_comes_after_close(tmp_pat
     np.testing.assert_array_equal([event.value for event in events], [NAN, INF, -INF, INF])
 
 
+def test_tensorboard_shows_what_was_written_at_the_first_write_after_five_seconds(tmp_path, monkeypatch):
+    now = time.monotonic()
+    writer = TensorBoardWriter(tmp_path)
+    for step, seconds in enumerate((0, 4, 6)):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        writer.write_scalars(step, {"a": 1.0})
+        assert ("a" in _read_events(tmp_path).Tags()["scalars"]) == (seconds > 5)
+    writer.close()
+
+
 def test_tensorboard_has_everything_without_close_at_the_end_of_the_interpreter(tmp_path):
     program = (
         "import threading, time\n"
@@ -202,13 +213,15 @@ def test_json_lines_lose_nothing(tmp_path):
     writer.write_scalars(3, VALUES)
     writer.close()
     writer.write_scalars(4, {"a": NAN, "b": INF, "c": -INF, "d": 0.1})
-    first, second = _read_lines(path)
+    writer.write_scalars(5, {"metrics/step": 1.0, "metrics/metrics/step": 2.0})
+    first, second, third = _read_lines(path)
     writer.close()
     moved = {"step": "metrics/step", "time": "metrics/time", "metrics/step": "metrics/metrics/step"}
     assert first.pop("step") == 3
     assert 1e9 < first.pop("time") < 1e11
     assert first == {moved.get(name, name): value for name, value in VALUES.items()}
     assert second == {"step": 4, "time": second["time"], "a": None, "b": None, "c": None, "d": 0.1}
+    assert (third["metrics/metrics/step"], third["metrics/metrics/metrics/step"]) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("before", [b"", b'{"step": 1}\n', b'{"step": 1, "long": "' + b"x" * 200_000 + b'"}\n'])
@@ -463,6 +476,22 @@ def test_a_logging_backend_of_metrax_is_adapted(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("b")] == [(5, 2.0)]
 
 
+def test_a_logging_backend_is_closed_once():
+    closed = []
+
+    class Backend:
+        def log_scalar(self, event, value, **kwargs):
+            pass
+
+        def close(self):
+            closed.append(self)
+
+    writer = as_writer(Backend())
+    writer.close()
+    writer.close()
+    assert len(closed) == 1
+
+
 def test_a_function_of_the_shape_of_wandb_log_is_adapted():
     calls = []
     writer = as_writer(lambda data, step=None: calls.append((type(data), data, step)))
@@ -472,6 +501,12 @@ def test_a_function_of_the_shape_of_wandb_log_is_adapted():
     writer.flush()
     writer.close()
     assert calls == [(dict, {"a": 1.0}, 2)]
+
+
+def test_a_function_without_a_signature_is_taken_for_one_of_a_mapping():
+    kept = {}
+    as_writer(kept.update).write_scalars(3, {"loss": 0.5})  # of C: it does not say what it takes
+    assert kept == {"loss": 0.5, "step": 3}
 
 
 def test_a_function_of_the_shape_of_jax_monitoring_is_adapted():
@@ -488,7 +523,7 @@ def test_a_function_that_cannot_be_called_with_numbers_is_an_error_at_once():
         as_writer(lambda numbers: None)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, {"write_scalars": print}, json])
+@pytest.mark.parametrize("wrong", [3, {"write_scalars": print}, json])
 def test_anything_else_is_an_error_that_names_what_is_accepted(wrong):
     with pytest.raises(TypeError, match=rf"got an instance of {type(wrong).__qualname__}, which") as error:
         as_writer(wrong)
@@ -502,4 +537,6 @@ def test_a_class_is_an_error_that_asks_for_an_instance():
 
 
 def test_public_names():
-    assert sorted(writers.__all__) == sorted({kind.__name__ for kind in ALL} | {"MetricWriter", "as_writer"})
+    assert sorted(writers.__all__) == sorted(
+        {kind.__name__ for kind in ALL} | {"BinnedWriter", "MetricWriter", "as_writer"}
+    )

@@ -10,7 +10,7 @@ import flax
 import jax
 from flax import nnx
 
-from distributed_metrics import hlo
+from distributed_metrics import hlo, rows
 from distributed_metrics.origins import Sent, arguments_of, as_code, likely, sent_by
 
 _COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<operation>{hlo.COLLECTIVES})(?:-start)?\(")
@@ -76,8 +76,8 @@ def count_collectives(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict
         *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``); none of what is compiled.
 
     Returns:
-        For example ``{"all-reduce": 1}``, also where that is of several arrays; empty where the program sends nothing.
-        A collective inside a loop counts once.
+        Kinds to numbers; a collective of several arrays is one. Empty where the program sends nothing, and else for
+        example ``{"all-reduce": 1}``. A collective inside a loop counts once.
 
     >>> import jax.numpy as jnp
     >>> from distributed_metrics import DistributedMetrics
@@ -100,8 +100,8 @@ def collective_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[
         *args, **kwargs: its arguments, or their shapes (``jax.ShapeDtypeStruct``); none of what is compiled.
 
     Returns:
-        For example ``{"all-reduce": 1040}``, the sizes of the results of its all-reduces; empty where the program sends
-        nothing. A collective inside a loop counts once.
+        Kinds to the sizes of what these collectives result in. Empty where the program sends nothing, and else for
+        example ``{"all-reduce": 1040}``. A collective inside a loop counts once.
 
     >>> import jax
     >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -152,7 +152,8 @@ def assert_silent(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     )
     shown = ", ".join(f"{number} {operation}{'s' * (number > 1)}" for operation, number in counts.items())
     raise AssertionError(
-        f"assert_silent({getattr(fn, '__name__', 'fn')}): the compiled program holds {shown}.\n\n"
+        f"assert_silent({getattr(fn, '__name__', 'fn')}): the compiled program holds {shown}, shown once "
+        "for each array that they carry.\n\n"
         + "\n\n".join(one.replace(": ", f" ({times} times): " if times > 1 else ": ", 1) for one, times in sent.items())
     )
 
@@ -176,7 +177,7 @@ def _described(sent: Sent) -> str:
 
 def _advice(sent: Sent) -> list[str]:
     """What would keep a value still; where the metrics did not ask for it, that they did not."""
-    if "_merged_over" in sent.functions:
+    if rows.merged_over.__name__ in sent.functions:
         return [
             "Devices that share a row hold different parts of the value. Give each device a row, by leaving out",
             "axis_name=: DistributedMetrics({...}, mesh=mesh)",

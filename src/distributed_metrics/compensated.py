@@ -13,7 +13,7 @@ of Computer Programming", vol. 2, 4.2.2 (the branch-free two-sum).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +162,11 @@ def _top_half(x: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def fold(combine, parts: Sequence[Array], identity: Sequence[float]) -> tuple[Array, ...]:
+def fold(
+    combine: Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]],
+    parts: Sequence[Array],
+    identity: Sequence[float],
+) -> tuple[Array, ...]:
     """Combine the entries along the first dim, halving it each time: few operations, and short chains of rounding.
 
     Args:

@@ -126,7 +126,7 @@ def contributed(
         group = plan.group_of[first_member]
         contribute = _contribution_function(group.accumulator, plan.ignores, feed, counting, mapped, split)
         inputs = len(feed.inputs)
-        with jax.named_scope(update_scope(_shapes(plan, feed_of, members))):
+        with jax.named_scope(update_scope(_shapes(plan, feed_of, members, counting))):
             if len(members) == 1:
                 fields = jax.tree.map(lambda part: part[None], contribute(given[:inputs], given[inputs:]))
             else:
@@ -143,14 +143,14 @@ def update_scope(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _shapes(
-    plan: Plan, feed_of: Mapping[int, Feed], members: Sequence[tuple[int, Sequence[Array]]]
+    plan: Plan, feed_of: Mapping[int, Feed], members: Sequence[tuple[int, Sequence[Array]]], counting: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of values by name, as their update gave them: whole, where this device has a part of them."""
     shapes = {}
     for i, given in members:
         source = feed_of[i].inputs[0]
         shape = given[0].shape[: given[0].ndim - source.pair]
-        entries = [*(source.spec or ()), *(None for _ in shape)]
+        entries = [*((source.spec if counting else None) or ()), *(None for _ in shape)]
         parts = [lax.axis_size(spec_axes(P(entry))) if entry else 1 for entry in entries]
         shapes[plan.metrics[i].value] = tuple(size * part for size, part in zip(shape, parts, strict=False))
     return shapes
@@ -246,7 +246,7 @@ def _checked_fields(accumulator: Accumulator, given: Mapping[str, Any]) -> dict[
     """The contribution in full: every field, as parts of the field's shape.
 
     Raises:
-        ValueError: the accumulator returned other fields, or another shape, than it declares.
+        TypeError, ValueError: the accumulator returned other fields, or another shape, than it declares.
     """
     name = type(accumulator).__name__
     merges = fields_of(accumulator, ignores=False)
@@ -257,6 +257,11 @@ def _checked_fields(accumulator: Accumulator, given: Mapping[str, Any]) -> dict[
     fields = {}
     for field, merge in merges.items():
         value = given[field]
+        if isinstance(value, Batch):
+            raise TypeError(
+                f"{name}.contribution(): the field {field!r} is a Batch, which is no number yet.\n"
+                "  Reduce it: batch.map(...).sum()"
+            )
         parts = value if isinstance(value, tuple) else (compensated.opaque(jnp.asarray(value, jnp.float32)),)
         parts += tuple(jnp.zeros_like(parts[0]) for _ in range(merge.words - len(parts)))
         shape = accumulator.field_shape(field)

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import reducers
-from distributed_metrics.plan import did_you_mean
+from distributed_metrics.naming import did_you_mean
 from distributed_metrics.view import axes_size, is_traced, mapped_axes, spec_axes, varying_axes
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {"mean": reducers.reduce_mean, "sum": reducers.reduce_sum}
@@ -173,27 +173,27 @@ class DataParallel(nnx.Module):
     all_reduce_gradients_static = staticmethod(all_reduce_gradients)
 
     def create_data_parallel_sharding(self, mesh: Mesh | AbstractMesh, data_axis: str = "data") -> NamedSharding:
-        """``distributed_metrics.data_parallel.create_data_parallel_sharding``."""
+        """As the function ``distributed_metrics.data_parallel.create_data_parallel_sharding``."""
         return create_data_parallel_sharding(mesh, data_axis)
 
     def shard_batch(self, batch: Any, sharding: NamedSharding) -> Any:
-        """``distributed_metrics.data_parallel.shard_batch``."""
+        """As the function ``distributed_metrics.data_parallel.shard_batch``."""
         return shard_batch(batch, sharding)
 
     def shard_model_state(
         self, state: Any, mesh: Mesh, param_sharding: Literal["replicate", "shard"] = "replicate"
     ) -> Any:
-        """``distributed_metrics.data_parallel.shard_model_state``."""
+        """As the function ``distributed_metrics.data_parallel.shard_model_state``."""
         return shard_model_state(state, mesh, param_sharding)
 
     def all_reduce_gradients(
         self, gradients: Any, reduce_type: Literal["mean", "sum"] = "mean", axis_name: str = "batch"
     ) -> Any:
-        """``distributed_metrics.data_parallel.all_reduce_gradients``."""
+        """As the function ``distributed_metrics.data_parallel.all_reduce_gradients``."""
         return all_reduce_gradients(gradients, reduce_type, axis_name)
 
     def replicate_params(self, params: Any, mesh: Mesh) -> Any:
-        """``distributed_metrics.data_parallel.replicate_params``."""
+        """As the function ``distributed_metrics.data_parallel.replicate_params``."""
         return replicate_params(params, mesh)
 
 

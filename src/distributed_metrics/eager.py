@@ -19,10 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import rows
 from distributed_metrics.compensated import host_pair
+from distributed_metrics.numbers import HostNumber
 from distributed_metrics.placement import partitions_of, situation_of
 from distributed_metrics.plan import Plan
 from distributed_metrics.tables import table_dims
-from distributed_metrics.values import HostNumber, by_name, feeds_of, named_values
+from distributed_metrics.values import by_name, feeds_of, named_values
 from distributed_metrics.view import Layout, is_traced
 
 Given = tuple[Mapping[str, Any] | None, Mapping[str, Any], Any]
@@ -66,16 +67,16 @@ def _quick_update(plan: Plan, layout: Layout, tables: Sequence[Any], given: Give
         leaves = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
     if tables[0].is_deleted():
         return None
-    program = _program(plan, layout, tree, numbers, tables[0].sharding, tuple([leaf.sharding for leaf in leaves]))
-    if program is None or program.failed:
+    compiled = program(plan, layout, tree, numbers, tables[0].sharding, tuple([leaf.sharding for leaf in leaves]))
+    if compiled is None or compiled.failed:
         return None
     try:
         if words is None:
-            return Updated(program.run(tables, leaves, None), program.noted)
+            return Updated(compiled.run(tables, leaves, None), compiled.noted)
         with jax.transfer_guard_host_to_device("allow"):  # it is the caller's explicit wish
-            return Updated(program.run(tables, leaves, words), program.noted)
+            return Updated(compiled.run(tables, leaves, words), compiled.noted)
     except (TypeError, ValueError):
-        program.failed = True  # tracing is not tried at every step
+        compiled.failed = True  # tracing is not tried at every step
         raise
     except RuntimeError:
         if any(leaf.is_deleted() for leaf in leaves):
@@ -84,7 +85,7 @@ def _quick_update(plan: Plan, layout: Layout, tables: Sequence[Any], given: Give
 
 
 @dataclass
-class _Program:
+class _Compiled:
     """A compiled update.
 
     Attributes:
@@ -99,14 +100,14 @@ class _Program:
 
 
 @functools.lru_cache(maxsize=1024)
-def _program(
+def program(
     plan: Plan,
     layout: Layout,
     tree: jax.tree_util.PyTreeDef,
     numbers: tuple[int, ...],
     of_rows: Sharding,
     shardings: tuple[Sharding, ...],
-) -> _Program | None:
+) -> _Compiled | None:
     """The update of a tree of arrays and numbers; the numbers are the leaves at ``numbers``."""
     partitions = partitions_of(layout, of_rows, shardings)
     if partitions is None or any(metric.accumulator.keywords for metric in plan.metrics):
@@ -131,7 +132,7 @@ def _program(
         return list(rows.updated(plan, situation.view, feeds, all_tables, taken).values())
 
     everywhere = NamedSharding(of_rows.mesh, P()) if isinstance(of_rows, NamedSharding) and numbers else None
-    return _Program(jax.jit(update, in_shardings=(None, None, everywhere)), len(layout.processes) > 1)
+    return _Compiled(jax.jit(update, in_shardings=(None, None, everywhere)), len(layout.processes) > 1)
 
 
 def _is_variable(value: Any) -> bool:

@@ -230,21 +230,23 @@ def require_agreement(heads: Iterable[Head], strangers: int = 0) -> None:
     if len(of_one) <= 1 and not strangers:
         return
     lines = ["metrics.flush(): the processes did not make the same flush, so there is no right number."]
+    differs = _differences([by_process[processes[0]] for processes in of_one.values()])
     for processes in of_one.values():
         who = "Process" if len(processes) == 1 else "Processes"
-        lines.append(f"  {who} {', '.join(map(str, processes))}: {_show(by_process[processes[0]])}")
+        lines.append(f"  {who} {', '.join(map(str, processes))}: {_show(by_process[processes[0]], 'given' in differs)}")
     if strangers:
         lines.append(f"  {strangers} rows came from a program that is no flush: a training step, say.")
-    differs = _differences([by_process[processes[0]] for processes in of_one.values()])
     if differs:
         lines.append(f"  They differ in {', '.join(_DIFFERENCES[name] for name in differs)}.")
     raise OutOfStepError("\n".join([*lines, _advice(differs)]))
 
 
-def _show(head: Head) -> str:
+def _show(head: Head, given: bool = False) -> str:
     what = f"flush {head.number}" if head.flush else f"a compute() before flush {head.number}"
     at = "" if head.step is None else f" after step {head.step}"
     updates = f"{head.updates} eager update{'' if head.updates == 1 else 's'}"
+    if given:  # what differs cannot be shown, but that it does
+        updates += f" of values with the checksum {head.given:08x}"
     return f"{what}{at}, with {updates}, the {_ordinal(head.launched)} on this mesh, of {head.shown}"
 
 

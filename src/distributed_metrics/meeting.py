@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from distributed_metrics.heads import Head, require_agreement
 
@@ -48,6 +49,19 @@ def meet(head: Head, processes: tuple[int, ...], timeout: float) -> None:
     require_agreement(heads)
     if number:  # all have left the meeting before
         client.key_value_delete(f"distributed_metrics/{group}/{number - 1}/{head.process}")
+
+
+def checked_timeout(call: str, timeout: Any) -> float | None:
+    """Seconds, or None for no limit.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float | np.number) or not timeout > 0:
+        raise ValueError(f"{call}(timeout={timeout!r}): a positive number of seconds, or None: no limit.")
+    return float(timeout)
 
 
 def _client() -> Any:

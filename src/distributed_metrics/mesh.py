@@ -18,7 +18,8 @@ class DeviceMeshManager:
         devices: the devices to make meshes from. Default: ``jax.devices()``.
 
     Raises:
-        ValueError: ``devices`` is empty.
+        TypeError: ``devices`` is a number or a name.
+        ValueError: it is empty.
 
     >>> manager = DeviceMeshManager()
     >>> mesh = manager.create_device_mesh({"data": 1, "model": 1})
@@ -27,6 +28,11 @@ class DeviceMeshManager:
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None) -> None:
+        if isinstance(devices, int | str):
+            raise TypeError(
+                f"DeviceMeshManager(devices={devices!r}): a list of devices.\n"
+                "  For the first 8: DeviceMeshManager(jax.devices()[:8])"
+            )
         self._devices = list(jax.devices() if devices is None else devices)
         if not self._devices:
             raise ValueError(

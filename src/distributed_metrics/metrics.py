@@ -1,113 +1,35 @@
 """``DistributedMetrics``: wires the stages together, owns the Variables, and is safe to share between threads."""
 
-import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import flax
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from distributed_metrics import eager, heads, meeting, reducers, rows
+from distributed_metrics import eager, heads, meeting, programs, reducers, rows
 from distributed_metrics.accumulators import Accumulator, CluMetric, clu_metric
-from distributed_metrics.contributions import Feed
 from distributed_metrics.gathering import Gathering, gathering_of
+from distributed_metrics.keyword_values import keywords_of
 from distributed_metrics.placement import Situation, by_process, of_this_process, on_device, row_sharding, situation_of
 from distributed_metrics.plan import Plan, learnt_plan, parse, variable_of
 from distributed_metrics.snapshot import Snapshot
 from distributed_metrics.tables import Tables, identity_words, table_dims
-from distributed_metrics.values import by_name, feeds_of, keywords_of, named_values
+from distributed_metrics.values import by_name, feeds_of, named_values
 from distributed_metrics.view import (
     Layout,
     View,
     is_traced,
     make_layout,
-    mapped_axes,
     processes_of,
 )
 
 _LOCK = threading.RLock()
 """Held while rows are read and replaced. One for all objects: an object's attributes are part of its graphdef, and what
 is held here is only ever the dispatch of a small program."""
-
-
-# The jitted programs. Called in a trace they are inlined; either way they are traced once for each set of shapes.
-
-
-@functools.lru_cache(maxsize=1024)
-def _update_program(plan: Plan, view: View, feeds: tuple[Feed, ...]) -> Callable[..., Tables]:
-    def update(tables: Tables, arrays: list[jax.Array]) -> Tables:
-        return rows.updated(plan, view, feeds, tables, arrays)
-
-    return jax.jit(update, inline=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _absorb_program(plan: Plan, view: View) -> Callable[[Tables, Any], Tables]:
-    return jax.jit(functools.partial(rows.absorbed, plan, view), inline=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _relay_program(old: Plan, new: Plan, view: View) -> Callable[[Tables], Tables]:
-    return jax.jit(functools.partial(rows.relaid, old, new, view), inline=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _merge_program(plan: Plan, view: View) -> Callable[[Tables], jax.Array]:
-    return jax.jit(functools.partial(rows.merged, plan, view), inline=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _reset_program(plan: Plan, view: View) -> Callable[[Tables], Tables]:
-    return jax.jit(functools.partial(rows.reset, plan, view), inline=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_program(plan: Plan, view: View, fresh: bool) -> Callable[[Tables], tuple[jax.Array, Tables | None]]:
-    """The rows in one buffer and, with ``fresh``, rows that have seen nothing: all of an eager flush in one process."""
-
-    def read(tables: Tables) -> tuple[jax.Array, Tables | None]:
-        return rows.unmerged(plan, view, tables), rows.reset(plan, view, tables) if fresh else None
-
-    return jax.jit(read)
-
-
-@functools.lru_cache(maxsize=1024)
-def _gather_program(
-    plan: Plan, view: View, gathering: Gathering, fresh: bool
-) -> Callable[[Tables, jax.Array], tuple[jax.Array, Tables | None]]:
-    """The same where other processes have some of the rows."""
-
-    def read(tables: Tables, labels: jax.Array) -> tuple[jax.Array, Tables | None]:
-        buffer = rows.gathered(plan, view, gathering, tables, labels)
-        return buffer, rows.reset(plan, view, tables) if fresh else None
-
-    return jax.jit(read)
-
-
-@jax.custom_batching.custom_vmap
-def one_run(tables: Tables) -> Tables:
-    """The same rows, in a program that is no ``vmap`` of several runs."""
-    return tables
-
-
-@one_run.def_vmap
-def _refuse_vmap(*_: Any) -> Any:
-    raise ValueError(
-        "flush_every(): under vmap there is no order in which the members could tell of their windows.\n"
-        "  Let the loop return its windows: def body(metrics, x): ...; return metrics, metrics.flush()\n"
-        "  metrics, windows = jax.lax.scan(body, metrics, xs)  # a Snapshot of stacked windows"
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _fresh_program(plan: Plan, layout: Layout) -> Callable[[], Tables]:
-    return jax.jit(functools.partial(rows.fresh, plan, layout))
 
 
 class DistributedMetrics(nnx.Module):
@@ -147,14 +69,14 @@ class DistributedMetrics(nnx.Module):
         *,
         mesh: Mesh | AbstractMesh | None = None,
         axis_name: str | Iterable[str] | None = None,
-        nan_policy: str = "propagate",
+        nan_policy: Literal["propagate", "ignore"] = "propagate",
     ) -> None:
         super().__init__()
         if nan_policy not in ("propagate", "ignore"):
             raise ValueError(f"DistributedMetrics(nan_policy={nan_policy!r}): known are 'propagate' and 'ignore'.")
         self._plan = parse(reduce_fn, ignores=nan_policy == "ignore")
         self._layout = make_layout(mesh, axis_name) if self._plan.metrics else Layout(None, ())
-        tables = _fresh_program(self._plan, self._layout)() if self._plan.metrics else {}
+        tables = programs.fresh(self._plan, self._layout)() if self._plan.metrics else {}
         for name, table in tables.items():
             setattr(self, variable_of(name), self._variable(table))
 
@@ -241,7 +163,7 @@ class DistributedMetrics(nnx.Module):
             plan = learnt_plan(self._plan, self._learnt_from(values))
             feeds, arrays = feeds_of(plan, situation, values, weights, specs)
             tables = self._relaid(plan, view, tables)
-            self._replace(_update_program(plan, view, feeds)(tables, arrays), f"update({', '.join(values)})", plan)
+            self._replace(programs.update(plan, view, feeds)(tables, arrays), "update", plan)
             if situation.eager:
                 self._note((values, weights))
 
@@ -284,12 +206,13 @@ class DistributedMetrics(nnx.Module):
 
     def _relaid(self, plan: Plan, view: View, tables: Tables) -> Tables:
         """The rows with room for what a plan has learnt."""
-        return tables if plan is self._plan else _relay_program(self._plan, plan, view)(tables)
+        return tables if plan is self._plan else programs.relay(self._plan, plan, view)(tables)
 
     def compute(self, *, timeout: float | None = None) -> Snapshot:
         """The results so far; the accumulators stay as they are.
 
-        In a trace: one collective, and a merged snapshot. Eager: none where this process holds all devices.
+        In a trace: one collective (two where the state is large: ``docs/scaling.md``), and a merged snapshot. Eager:
+        none where this process holds all devices.
 
         Args:
             timeout: as in ``flush``.
@@ -342,10 +265,11 @@ class DistributedMetrics(nnx.Module):
             rows.refuse_populations("merge", self._plan, situation.view, tables)
             if situation.elsewhere:
                 return
-            plan, merged = snapshot._merged_for(self._plan, "merge")
+            plan = snapshot.require_fits(self._plan, "metrics.merge")
+            merged = snapshot.merged_words(plan)
             words = on_device(merged, situation)
             tables = self._relaid(plan, situation.view, tables)
-            self._replace(_absorb_program(plan, situation.view)(tables, words), "merge()", plan)
+            self._replace(programs.absorb(plan, situation.view)(tables, words), "merge", plan)
             if situation.eager:
                 self._note(merged)
 
@@ -356,12 +280,13 @@ class DistributedMetrics(nnx.Module):
             tables = self._tables()
             situation = self._situation(tables)
             if not situation.elsewhere:
-                self._replace(_reset_program(self._plan, situation.view)(tables), "reset()")
+                self._replace(programs.reset(self._plan, situation.view)(tables), "reset")
                 if situation.eager:
                     heads.record_of(self).reset()
 
     def _read(self, method: str, *, fresh: bool, timeout: float | None = None, step: int | None = None) -> Snapshot:
         self._require_accumulators(method)
+        timeout = meeting.checked_timeout(f"metrics.{method}", timeout)
         if timeout is not None:
             self._meet(method, fresh, timeout, step)
         with _LOCK:
@@ -369,27 +294,25 @@ class DistributedMetrics(nnx.Module):
             situation = self._situation(tables)
             gathering = None
             if not situation.eager:
-                words = _merge_program(self._plan, situation.view)(tables)
-                new = _reset_program(self._plan, situation.view)(tables) if fresh else None
+                words = programs.merge(self._plan, situation.view)(tables)
+                new = programs.reset(self._plan, situation.view)(tables) if fresh else None
             elif situation.elsewhere:
                 return self._nothing()
             elif _is_whole(tables):
                 gathering = Gathering(self._plan, tuple(self._plan.tables))
-                words, new = _read_program(self._plan, situation.view, fresh)(tables)
+                words, new = programs.read(self._plan, situation.view, fresh)(tables)
             else:
                 gathering = gathering_of(self._plan, self._layout.rows, self._plan.tables, heads.HEAD_WORDS)
                 record, head = self._head(fresh, step)
                 labels = by_process(heads.label(head, gathering, self._layout.rows), self._layout.rows, tables)
-                words, new = _gather_program(self._plan, situation.view, gathering, fresh)(tables, labels)
+                words, new = programs.gather(self._plan, situation.view, gathering, fresh)(tables, labels)
                 heads.launched(self._layout, record, head)
             if new is not None:
-                self._replace(new, f"{method}()")
+                self._replace(new, method)
             return Snapshot(self._plan, words, gathering)
 
     def _meet(self, method: str, fresh: bool, timeout: float, step: int | None) -> None:
         """Wait for the other processes, where there are any, for so many seconds."""
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float | np.number) or not timeout > 0:
-            raise ValueError(f"metrics.{method}(timeout={timeout!r}): a positive number of seconds, or None: no limit.")
         with _LOCK:
             tables = self._tables()
             situation = self._situation(tables)
@@ -402,7 +325,7 @@ class DistributedMetrics(nnx.Module):
                 return
             _, head = self._head(fresh, step)
             processes = processes_of(row_sharding(tables).mesh)
-        meeting.meet(head, processes, float(timeout))
+        meeting.meet(head, processes, timeout)
 
     def _head(self, fresh: bool, step: int | None) -> tuple[heads.Record, heads.Head]:
         record = heads.record_of(self)
@@ -412,29 +335,20 @@ class DistributedMetrics(nnx.Module):
         """What a process sees that owns no devices of the mesh."""
         return Snapshot(self._plan, identity_words(self._plan))
 
-    def _flush_where(self, ends: Any, step: Any, receive: Callable[[Any, Snapshot], None]) -> None:
-        """In a trace: a flush at steps that end a window, of which the host is told while the program runs."""
+    def _flush_where(self, ends: jax.Array, look: Callable[[Tables], Tables], tell: Callable[[Snapshot], None]) -> None:
+        """In a trace: a flush at steps that end a window. ``look`` passes the rows on; ``tell`` gets the results."""
         self._require_accumulators("flush")
         with _LOCK:
             tables, plan = self._tables(), self._plan
             view = self._situation(tables).view
-            ends = jnp.asarray(ends)  # a step that is known while tracing
 
             def flushed(tables: Tables) -> Tables:
-                words = _merge_program(plan, view)(one_run(tables))
-                tell = functools.partial(
-                    jax.debug.callback,
-                    lambda step, words: receive(step, Snapshot(plan, words)),
-                    step,
-                    words,
-                )
-                if mapped := mapped_axes():  # all devices know: one speaks
-                    jax.lax.cond(jax.lax.axis_index(mapped) == 0, tell, lambda: None)
-                else:
-                    tell()
-                return _reset_program(plan, view)(tables)
+                tell(Snapshot(plan, programs.merge(plan, view)(look(tables))))
+                return programs.reset(plan, view)(tables)
 
-            self._replace(jax.lax.cond(ends, flushed, lambda tables: tables, tables), "flush()")
+            self._replace(jax.lax.cond(ends, flushed, lambda tables: tables, tables), "flush")
+
+    # --- for periodic.py and streaming.py, which flush in the name of an object ---
 
     def _in_trace(self) -> bool:
         return any(map(is_traced, self._tables().values()))
@@ -475,6 +389,8 @@ class DistributedMetrics(nnx.Module):
                 else:  # of a clu metric whose merge is its own, and has just been seen
                     setattr(self, variable_of(name), self._variable(table))
             if plan is not None and plan is not self._plan:
+                for name in set(self._plan.variables) - set(plan.variables):
+                    delattr(self, name)
                 self._plan = plan
         except flax.errors.TraceContextError as error:
             raise flax.errors.TraceContextError(_outer_trace(method)) from error
@@ -505,33 +421,33 @@ class DistributedMetrics(nnx.Module):
     # --- stateless: the specification's reducers, each one implementation under three names ---
 
     def all_gather(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
-        """``distributed_metrics.all_gather``."""
+        """As the function ``distributed_metrics.all_gather``."""
         return reducers.all_gather(metrics, axis_name)
 
     def reduce_mean(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
-        """``distributed_metrics.reduce_mean``."""
+        """As the function ``distributed_metrics.reduce_mean``."""
         return reducers.reduce_mean(metrics, axis_name)
 
     def reduce_sum(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
-        """``distributed_metrics.reduce_sum``."""
+        """As the function ``distributed_metrics.reduce_sum``."""
         return reducers.reduce_sum(metrics, axis_name)
 
     def reduce_max(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
-        """``distributed_metrics.reduce_max``."""
+        """As the function ``distributed_metrics.reduce_max``."""
         return reducers.reduce_max(metrics, axis_name)
 
     def reduce_min(self, metrics: dict[str, Any], axis_name: str = "batch") -> dict[str, Any]:
-        """``distributed_metrics.reduce_min``."""
+        """As the function ``distributed_metrics.reduce_min``."""
         return reducers.reduce_min(metrics, axis_name)
 
     def reduce_custom(
         self, metrics: dict[str, Any], reduce_fn: dict[str, str | None] | None = None, axis_name: str = "batch"
     ) -> dict[str, Any]:
-        """``distributed_metrics.reduce_custom``."""
+        """As the function ``distributed_metrics.reduce_custom``; what this object accumulates does not matter to it."""
         return reducers.reduce_custom(metrics, reduce_fn, axis_name)
 
     def collect_from_devices(self, metrics: dict[str, Any]) -> dict[str, list[Any] | Any]:
-        """``distributed_metrics.collect_from_devices``."""
+        """As the function ``distributed_metrics.collect_from_devices``."""
         return reducers.collect_from_devices(metrics)
 
     all_gather_static = staticmethod(reducers.all_gather)
@@ -543,14 +459,20 @@ class DistributedMetrics(nnx.Module):
     collect_from_devices_static = staticmethod(reducers.collect_from_devices)
 
 
-def _each(change: Callable[[Any], Any], tree: Any) -> Any:
-    """The tree with all leaves changed. (``jax.tree.map`` would sort the keywords of a clu metric.)"""
+def _each(change: Callable[[Any], Any], tree: Any, changed: dict[int, Any] | None = None) -> Any:
+    """The tree with all leaves changed, each once: one weight of many values stays one.
+
+    (``jax.tree.map`` would sort the keywords of a clu metric.)
+    """
+    changed = {} if changed is None else changed
     if isinstance(tree, Mapping):
-        return {name: _each(change, branch) for name, branch in tree.items()}
+        return {name: _each(change, branch, changed) for name, branch in tree.items()}
     if isinstance(tree, tuple | list):
-        branches = [_each(change, branch) for branch in tree]
+        branches = [_each(change, branch, changed) for branch in tree]
         return branches if isinstance(tree, list) else tuple(branches)
-    return change(tree)
+    if id(tree) not in changed:
+        changed[id(tree)] = change(tree)
+    return changed[id(tree)]
 
 
 def _without_gradient(value: Any) -> Any:
@@ -559,9 +481,16 @@ def _without_gradient(value: Any) -> Any:
 
 
 def _outer_trace(method: str) -> str:
+    belong = (
+        f"metrics.{method}(): the accumulators belong to an outer trace, and cannot be changed from inside this one"
+    )
+    if method != "update":
+        return (
+            f"{belong} (a jitted function that captured the object).\n"
+            f"  Pass it in: nnx.jit(lambda metrics: metrics.{method}())(metrics)"
+        )
     return (
-        f"metrics.{method}: the accumulators belong to an outer trace, and cannot be changed from inside this one "
-        "(a jitted function that captured the object; jax.grad, nnx.value_and_grad, vmap, scan or cond).\n"
+        f"{belong} (a jitted function that captured the object; jax.grad, nnx.value_and_grad, vmap, scan or cond).\n"
         "  Pass the object into a jitted function as an argument, and carry it through a scan.\n"
         "  Of jax.grad return the values, as of vmap, and update outside:\n"
         "  (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model); metrics.update(aux)\n"

@@ -18,19 +18,30 @@ import jax
 import numpy as np
 
 from distributed_metrics import streaming
-from distributed_metrics.accumulators import Count, Sum
-from distributed_metrics.delivery import MOST_WAITING, Background, Delivered, Moment, Total, Window, Written
+from distributed_metrics.delivery import (
+    MOST_WAITING,
+    Background,
+    Delivered,
+    Derive,
+    Moment,
+    Outlets,
+    Total,
+    Window,
+    Written,
+    derived,
+    floats_of,
+    leaves_of,
+)
 from distributed_metrics.heads import OutOfStepError
+from distributed_metrics.meeting import checked_timeout
 from distributed_metrics.metrics import DistributedMetrics
-from distributed_metrics.plan import SEPARATOR, did_you_mean
+from distributed_metrics.naming import did_you_mean
 from distributed_metrics.snapshot import Snapshot
-from distributed_metrics.writers import MetricWriter, as_writer
+from distributed_metrics.writers._protocol import as_writers
 
 _LOG = logging.getLogger(__name__)
 
 _OPEN: "weakref.WeakSet[PeriodicFlush]" = weakref.WeakSet()  # those whose block has been entered and not left
-
-Derive = Callable[[dict[str, float], Any], Mapping[str, float] | None]
 
 
 class PeriodicFlush:
@@ -88,18 +99,28 @@ class PeriodicFlush:
         *,
         prefix: str = "",
         rates: Iterable[str] = (),
-        derive: Derive | None = None,
+        derive: Callable[[dict[str, float], Snapshot], Mapping[str, float] | None] | None = None,
         timeout: float | None = None,
     ) -> None:
         self._metrics = _require_metrics(metrics)
         if isinstance(every_steps, bool) or not isinstance(every_steps, int | np.integer) or every_steps < 1:
             raise ValueError(f"PeriodicFlush(every_steps={every_steps!r}): it is a whole number of steps, 1 or more.")
         self._every = int(every_steps)
-        several = isinstance(writers, Iterable) and not hasattr(writers, "write_scalars")
-        self._writers: list[MetricWriter] = [as_writer(one) for one in (writers if several else [writers])]
+        if not isinstance(prefix, str):
+            raise TypeError(f"PeriodicFlush(prefix={prefix!r}): a string.")
+        if derive is not None and not callable(derive):
+            raise TypeError(
+                f"PeriodicFlush(derive={derive!r}): a function of the numbers of a window and its Snapshot."
+            )
         self._prefix = prefix
         self._rates = _known_rates(metrics, rates)
-        self._timeout = timeout
+        self._own_names = {"steps_per_sec", *(f"{name}_per_sec" for name in self._rates)}
+        for name in filter(metrics._plan.shows, sorted(self._own_names)):
+            raise ValueError(
+                f"PeriodicFlush(): the metric {name!r} has the name of a number that it adds to each window.\n"
+                "  Rename it in the spec."
+            )
+        self._timeout = checked_timeout("PeriodicFlush", timeout)
         processes = metrics._processes()
         self._alone = len(processes) == 1
         self._writes = jax.process_index() == processes[0]
@@ -115,6 +136,7 @@ class PeriodicFlush:
         self._moments: deque[Moment] = deque(maxlen=4 * MOST_WAITING)
         self._stops: list[Exception] = []  # what derive raised: the same in all processes
         self._failures: list[Exception] = []  # what writers raised
+        self._outlets = Outlets(as_writers(writers), self._failures, log_errors=not self._alone)
         self._out_of_step: OutOfStepError | None = None
         self._warned = False
         self._stopped = False  # by derive, which is not asked again
@@ -125,6 +147,12 @@ class PeriodicFlush:
         if self._thread is not None:
             raise RuntimeError("PeriodicFlush: this one was entered before; make a new one for another loop.")
         self._require_for_itself(self._metrics)
+        if self._metrics.mesh is None and jax.process_count() > 1:
+            _LOG.warning(
+                "PeriodicFlush: this object has no mesh, so each of the %d processes has numbers of its own, and those "
+                "of process 0 are written. For one number of all: DistributedMetrics({...}, mesh=mesh)",
+                jax.process_count(),
+            )
         _OPEN.add(self)
         self._thread = Background(self._deliver)
         return self
@@ -140,7 +168,7 @@ class PeriodicFlush:
                 counts.
 
         Raises:
-            TypeError: a step or a host scalar that is not on the host.
+            TypeError: a step or a host scalar that is not on the host; inside a jitted function.
             ValueError: a step that is not above the last; a host scalar with the name of a metric.
             Exception: what a writer or ``derive`` raised in the background.
         """
@@ -153,9 +181,14 @@ class PeriodicFlush:
                 "  Count them over all epochs; for another run make another PeriodicFlush."
             )
         scalars = {name: self._host_scalar(name, value) for name, value in host_scalars.items()}
-        if metrics is not None:
-            self._require_for_itself(metrics)
-            self._metrics = _require_metrics(metrics)
+        metrics = self._metrics if metrics is None else _require_metrics(metrics)
+        if metrics._in_trace():
+            raise TypeError(
+                "flusher(): called inside a jitted function, where a window has no numbers yet.\n"
+                "  Call it after the step: train_step(metrics, batch); flusher(step)"
+            )
+        self._require_for_itself(metrics)
+        self._metrics = metrics
         self._window.host |= scalars
         self._window.steps += 1 if last is None else step - last
         self._last_step = self._window.step = step
@@ -170,6 +203,8 @@ class PeriodicFlush:
     ) -> None:
         """Write other numbers through the same writers, after what was handed over before.
 
+        They wait where writers cannot keep up; unlike windows they are never added together.
+
         Args:
             step: the step that they belong to.
             numbers: a snapshot, or a (nested) mapping of names to numbers or arrays; read in the background.
@@ -179,14 +214,14 @@ class PeriodicFlush:
                 What it raises surfaces as what a writer raises.
 
         Raises:
-            TypeError: neither of the two.
+            TypeError: neither of the two; something that is no number.
             Exception: what a writer or ``derive`` raised in the background.
         """
         thread = self._require_open()
         if not isinstance(numbers, Mapping):
             hint = "\n  Of metrics: metrics.flush()" if isinstance(numbers, DistributedMetrics) else ""
             raise TypeError(f"flusher.write() takes a Snapshot or a mapping, got {type(numbers).__name__}.{hint}")
-        held = numbers if isinstance(numbers, Snapshot) else dict(_leaves(numbers))
+        held = numbers if isinstance(numbers, Snapshot) else leaves_of(numbers)
         thread.put(Written(_host_step(step), held, prefix, derive))
         self._raise_failure()
 
@@ -231,7 +266,12 @@ class PeriodicFlush:
         """
         self._require_open()
         if seen is not None:
-            seen._merged_for(self._metrics._plan, "start_epoch")  # that it fits
+            if not isinstance(seen, Snapshot):
+                raise TypeError(
+                    f"flusher.start_epoch() takes a Snapshot, got {type(seen).__name__}.\n"
+                    "  For example: flusher.start_epoch(Snapshot.from_dict(saved))"
+                )
+            seen.require_fits(self._metrics._plan, "flusher.start_epoch")
         self._window.parts.append(self._flush())
         self._epoch = Total()
         if seen is not None:
@@ -257,7 +297,7 @@ class PeriodicFlush:
                 else:  # the other processes may be at another step, and a flush waits for all
                     _LOG.warning("PeriodicFlush: left by an exception in this process: its last window is not flushed.")
             streaming.wait_for_callbacks()
-        except Exception as late:
+        except Exception as late:  # the block ends as it would have; it is raised below
             late.add_note("PeriodicFlush: while the last window was flushed.")
             self._failures.append(late)
         finally:
@@ -267,10 +307,7 @@ class PeriodicFlush:
             if self._derive is not None and not self._alone and everywhere and self._ended is not None:
                 with contextlib.suppress(Exception):  # it is in self._stops
                     self._stop_by(self._ended)
-            for writer in list(self._writers):
-                with self._keeping_errors(writer):
-                    writer.flush()
-                    writer.close()
+            self._outlets.close()
         raised = [] if self._out_of_step is None else [self._out_of_step]
         left = [one for one in itertools.chain(raised, self._stops, self._failures) if one is not error]
         for one in left[0 if error is not None else 1 :]:
@@ -322,11 +359,11 @@ class PeriodicFlush:
 
     def _raise_failure(self) -> None:
         """In one process an error surfaces here; in several, one that raised alone would leave the others waiting."""
-        if self._alone:
-            for errors in (self._stops, self._failures):
-                if errors:
-                    self._stopped |= errors is self._stops
-                    raise errors.pop(0)
+        if self._alone and self._stops:
+            self._stopped = True
+            raise self._stops.pop(0)
+        if self._alone and self._failures:
+            raise self._failures.pop(0)
 
     # --- in the background ---
 
@@ -336,26 +373,34 @@ class PeriodicFlush:
             return
         try:
             if isinstance(what, Window):
-                reads = not self._alone or self._derive is not None or bool(self._writers)  # of many, each reads heads
-                if reads and not self._elsewhere:
-                    self._write(what.step, self._numbers_of(what), what.snapshot(), self._prefix)
-                    if what.stop is not None and self._alone:
-                        self._stops.append(what.stop)
-                self._epoch.shorten()
+                self._deliver_window(what)
             elif self._writes:
-                snapshot = what.numbers if isinstance(what.numbers, Snapshot) else None
-                numbers = dict(_floats(what.numbers)) if snapshot is None else snapshot.flatten()
-                try:
-                    numbers |= _derived(what.derive, numbers, snapshot)
-                except Exception as error:  # what was seen is written all the same
-                    error.add_note(f"PeriodicFlush: raised by derive, for what was written at step {what.step}.")
-                    self._failures.append(error)
-                self._write(what.step, numbers, snapshot, what.prefix)
+                self._deliver_written(what)
         except OutOfStepError as error:
             self._out_of_step = error
-        except Exception as error:
+        except Exception as error:  # the loop hears of it, and the thread goes on
             error.add_note(f"PeriodicFlush: while the numbers of step {what.step} were read.")
             self._failures.append(error)
+
+    def _deliver_window(self, window: Window) -> None:
+        # In several processes each must read what it flushed: that checks that all made the same flush.
+        if not self._elsewhere and (self._outlets or self._derive is not None or not self._alone):
+            numbers = self._numbers_of(window)
+            if self._writes:
+                self._outlets.write(window.step, numbers, window.snapshot(), self._prefix)
+            if window.stop is not None and self._alone:
+                self._stops.append(window.stop)
+        self._epoch.shorten()
+
+    def _deliver_written(self, written: Written) -> None:
+        snapshot = written.numbers if isinstance(written.numbers, Snapshot) else None
+        numbers = floats_of(written.numbers) if snapshot is None else snapshot.flatten()
+        try:
+            numbers |= derived(written.derive, numbers, snapshot)
+        except Exception as error:  # what was seen is written all the same
+            error.add_note(f"PeriodicFlush: raised by derive, for what was written at step {written.step}.")
+            self._failures.append(error)
+        self._outlets.write(written.step, numbers, snapshot, written.prefix)
 
     def _numbers_of(self, window: Window) -> dict[str, float]:
         """The flat floats of a window, derived ones included. Whoever asks first works them out."""
@@ -378,8 +423,8 @@ class PeriodicFlush:
                     numbers["steps_per_sec"] = window.steps / seconds
                     numbers |= {f"{name}_per_sec": numbers.get(name, 0.0) / seconds for name in self._rates}
                 try:
-                    numbers |= _derived(None if self._stopped else self._derive, numbers, snapshot)
-                except Exception as error:
+                    numbers |= derived(None if self._stopped else self._derive, numbers, snapshot)
+                except Exception as error:  # the loop raises it
                     missing = isinstance(error, KeyError) and str(error).strip("'") in snapshot.flatten(empty="nan")
                     error.add_note(
                         f"PeriodicFlush: raised by derive, for the window that ended with step {window.step}"
@@ -388,35 +433,6 @@ class PeriodicFlush:
                     window.stop = error
                 window.numbers = numbers
             return window.numbers
-
-    def _write(self, step: int, numbers: dict[str, float], snapshot: Snapshot | None, prefix: str) -> None:
-        if not self._writes or not numbers:
-            return
-        histograms = {} if snapshot is None else snapshot.histograms()
-        bins = {name for one in histograms.values() for name in one.names}
-        scalars = {_joined(prefix, name): number for name, number in numbers.items()}
-        others = {_joined(prefix, name): number for name, number in numbers.items() if name not in bins}
-        binned = {_joined(prefix, name): (one.counts, one.edges) for name, one in histograms.items()}
-        for writer in list(self._writers):
-            with self._keeping_errors(writer):
-                write_binned = getattr(writer, "write_binned", None)
-                if write_binned is None:
-                    writer.write_scalars(step, scalars)
-                else:
-                    writer.write_scalars(step, others)
-                    write_binned(step, binned)
-
-    @contextlib.contextmanager
-    def _keeping_errors(self, writer: MetricWriter) -> Iterator[None]:
-        """A writer that raises stops; the loop hears of it."""
-        try:
-            yield
-        except Exception as error:
-            error.add_note(f"PeriodicFlush: raised by the writer {writer!r}, which has stopped.")
-            self._writers.remove(writer)
-            self._failures.append(error)
-            if not self._alone:
-                _LOG.exception("PeriodicFlush: a writer has stopped")
 
     # --- checks ---
 
@@ -444,10 +460,9 @@ class PeriodicFlush:
             )
         if np.ndim(value) or not isinstance(value, int | float | np.number | np.bool_ | np.ndarray):
             raise TypeError(f"flusher(..., {name}=...): a number, got {type(value).__name__}: {value!r}.")
-        taken = {metric.name for metric in self._metrics._plan.metrics}
-        if name in taken or name == "steps_per_sec" or name in {f"{rate}_per_sec" for rate in self._rates}:
+        if name in self._own_names or self._metrics._plan.shows(name):
             raise ValueError(
-                f"flusher(..., {name}=...): the window has a number {name!r} already. Give it another name."
+                f"flusher(..., {name}=...): the window has a number {name!r} already.\n  Give it another name."
             )
         return float(value)
 
@@ -461,58 +476,28 @@ def _require_metrics(metrics: Any) -> DistributedMetrics:
 
 def _known_rates(metrics: DistributedMetrics, rates: Iterable[str]) -> tuple[str, ...]:
     rates = (rates,) if isinstance(rates, str) else tuple(rates)
-    known = [
-        metric.name
-        for metric in metrics._plan.metrics
-        if isinstance(metric.accumulator, Sum | Count) and not metric.accumulator.result_shape()
-    ]
+    totals = {metric.name: metric.accumulator for metric in metrics._plan.metrics if metric.accumulator.counts_copies}
+    known = [name for name, accumulator in totals.items() if not accumulator.result_shape()]
     for name in rates:
         if name not in known:
+            shape = totals[name].result_shape() if name in totals else ()
             raise ValueError(
-                f"PeriodicFlush(rates={rates!r}): {name!r} is no sum or count of these metrics; those are: "
+                f"PeriodicFlush(rates={rates!r}): {name!r} is "
+                f"{f'no scalar, but of shape {shape}' if shape else 'no sum or count of these metrics'}; those are: "
                 f"{', '.join(map(repr, known)) or 'none'}.{did_you_mean(str(name), known)}"
             )
     return rates
 
 
-def _derived(derive: Derive | None, numbers: dict[str, float], snapshot: Snapshot | None) -> dict[str, float]:
-    derived = None if derive is None else derive(dict(numbers), snapshot)
-    if derived is None:
-        return {}
-    if not isinstance(derived, Mapping):
-        raise TypeError(f"derive() gives a mapping of names to floats, or None; it gave {type(derived).__name__}.")
-    for name in derived:
-        if name in numbers:
-            raise ValueError(f"derive() gave {name!r}, and that number is there already. Give it another name.")
-    return {str(name): float(number) for name, number in derived.items()}
-
-
 def _host_step(step: Any) -> int:
     if isinstance(step, bool) or not isinstance(step, int | np.integer):
         raise TypeError(
-            f"PeriodicFlush: the step is a Python integer, got {type(step).__name__}: one on a device has to be waited "
-            "for.\n  Count on the host: for step, batch in enumerate(batches): ..."
+            f"flusher(step): the step is a Python integer, got {type(step).__name__}"
+            + (": one on a device has to be waited for" if isinstance(step, jax.Array) else "")
+            + (
+                ".\n  The step comes first: flusher(step, metrics)"
+                if isinstance(step, DistributedMetrics)
+                else ".\n  Count on the host: for step, batch in enumerate(batches): ..."
+            )
         )
     return int(step)
-
-
-def _joined(prefix: str, name: str) -> str:
-    return prefix.removesuffix(SEPARATOR) + SEPARATOR + name if prefix else name
-
-
-def _leaves(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested mapping by flat name; arrays of the host are copied, since they may change."""
-    for name, value in numbers.items():
-        path = _joined(prefix, str(name))
-        if isinstance(value, Mapping):
-            yield from _leaves(value, path)
-        else:
-            yield path, value if isinstance(value, jax.Array) else np.array(value)
-
-
-def _floats(leaves: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, leaf in leaves.items():
-        array = np.asarray(jax.device_get(leaf))
-        for index in np.ndindex(array.shape):
-            digits = (str(i).zfill(len(str(n - 1))) for i, n in zip(index, array.shape, strict=True))
-            yield SEPARATOR.join((name, *digits)), float(array[index])

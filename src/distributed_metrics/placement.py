@@ -46,6 +46,13 @@ def situation_of(layout: Layout, table: Any, dims: int) -> Situation:
     """Where code runs that sees one of the tables of an object, which has so many dims: see ``view.look``."""
     view = look(layout, table, dims)
     eager = not is_traced(table)
+    rows = table.shape[table.ndim - dims] if eager and view.row_dim else layout.rows
+    if rows != layout.rows:
+        raise ValueError(
+            f"DistributedMetrics: these accumulators have {rows} of the {layout.rows} rows of their mesh.\n"
+            "  The function that returned the object took it for the same on all devices: return it as it came in, "
+            f"jax.shard_map(..., out_specs=P({', '.join(map(repr, layout.axes))}))"
+        )
     elsewhere = eager and bool(layout.processes) and jax.process_index() not in layout.processes
     return Situation(layout, view, eager, elsewhere, varying_axes(table) if view.mapped else frozenset())
 
@@ -111,15 +118,18 @@ def _own_spec(name: str, array: Value, situation: Situation) -> P | None:
 
 
 def _other_devices(name: str, shown: Any, situation: Situation) -> ValueError:
+    mesh = situation.layout.mesh
+    alike = isinstance(shown, Mesh) and isinstance(mesh, Mesh) and set(shown.devices.flat) == set(mesh.devices.flat)
+    where = "another mesh" if alike else "other devices"
     return ValueError(
-        f"metrics.update(): {name!r} lies on other devices than the accumulators.\n"
+        f"metrics.update(): {name!r} lies on {where} than the accumulators.\n"
         f"  The value:        {shown}\n  The accumulators: {situation.layout.mesh}\n"
         "  Make the object with the mesh of its values: DistributedMetrics({...}, mesh=mesh)"
     )
 
 
 def _checked_spec(name: str, shape: tuple[int, ...], spec: P, situation: Situation) -> P:
-    mesh = _any_mesh(situation)
+    mesh = situation.view.mesh_here()
     unknown = [axis for axis in spec_axes(spec) if axis not in situation.view.global_axes]
     if unknown:
         raise ValueError(
@@ -143,7 +153,7 @@ def _checked_spec(name: str, shape: tuple[int, ...], spec: P, situation: Situati
 
 def _guessed_spec(shape: tuple[int, ...], situation: Situation) -> P | None:
     """Where JAX does not show it: on a mesh of one axis the leading dim is taken to be the partitioned one."""
-    view, mesh = situation.view, _any_mesh(situation)
+    view, mesh = situation.view, situation.view.mesh_here()
     if not shape:
         return P()
     wide = [axis for axis in view.global_axes if mesh.shape[axis] > 1]
@@ -151,10 +161,6 @@ def _guessed_spec(shape: tuple[int, ...], situation: Situation) -> P | None:
     if shape[0] % axes_size(mesh, view.spread) == 0 and (one_axis or situation.eager):
         return full_spec(P(view.spread), len(shape))
     return None
-
-
-def _any_mesh(situation: Situation) -> Any:
-    return situation.view.mesh if situation.view.mesh is not None else jax.sharding.get_abstract_mesh()
 
 
 def _concrete_mesh(situation: Situation) -> Mesh:

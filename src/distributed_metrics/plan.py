@@ -1,17 +1,17 @@
 """The static side of an object: its metrics, and where each of their fields lies in the packed state."""
 
-import difflib
+import dataclasses
 import functools
+import inspect
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distributed_metrics.accumulators import BY_NAME, Accumulator, clu_metric
 from distributed_metrics.merging import SUM, Merge
-
-SEPARATOR = "/"
+from distributed_metrics.naming import SEPARATOR, did_you_mean, is_element, show_path
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ class Metric:
         """The flat name of the result."""
         return SEPARATOR.join(self.path)
 
+    def shows(self, keys: Sequence[str]) -> bool:
+        """Whether one of its flat results has these keys behind its name: an element, or what is beside the result."""
+        if type(self.accumulator).outside is not Accumulator.outside and keys:
+            return True
+        return is_element(keys, self.accumulator.result_shape(), self.accumulator.labels)
+
 
 @dataclass(frozen=True)
 class Field:
@@ -57,6 +63,15 @@ class Field:
     def size(self) -> int:
         """Slots of one metric."""
         return math.prod(self.shape)
+
+    def slots_of(self, members: int) -> slice:
+        """The slots of all members of the group, side by side."""
+        return slice(self.start, self.start + members * self.size)
+
+    def slots_of_one(self, position: int) -> slice:
+        """The slots of the member at a position in the group."""
+        start = self.start + position * self.size
+        return slice(start, start + self.size)
 
 
 @dataclass(frozen=True)
@@ -89,11 +104,13 @@ class Plan:
         variables: the attributes of an object that hold these tables.
         slots: how many slots each table has.
         values: for each flat name that ``update`` takes, the indices of its metrics.
+        results: for each flat name of a result, the index of its metric.
     """
 
     def __init__(self, metrics: tuple[Metric, ...], ignores: bool):
         self.metrics = metrics
         self.ignores = ignores
+        self.results = {metric.name: i for i, metric in enumerate(metrics)}
         self.values: dict[str, tuple[int, ...]] = {}
         by_accumulator: dict[Accumulator, list[int]] = {}
         for i in sorted(range(len(metrics)), key=lambda i: metrics[i].name):
@@ -109,7 +126,7 @@ class Plan:
             for name, merge in fields_of(accumulator, ignores).items():
                 shape = accumulator.shape if name == NONFINITE else accumulator.field_shape(name)
                 fields[name] = Field(merge, shape, self.slots.get(merge.name, 0))
-                self.slots[merge.name] = fields[name].start + len(members) * fields[name].size
+                self.slots[merge.name] = fields[name].slots_of(len(members)).stop
                 if tables.setdefault(merge.name, merge) != merge:
                     raise ValueError(
                         f"DistributedMetrics(): {accumulator}: the merge of {name!r} is named {merge.name!r}, and "
@@ -119,6 +136,10 @@ class Plan:
         self.tables = dict(sorted(tables.items()))
         self.variables = tuple(map(variable_of, self.tables))
         self.group_of = {i: group for group in self.groups for i in group.members}
+
+    def shows(self, name: str) -> bool:
+        """Whether flat results have a number of this name, that of an element included."""
+        return _shown_by(name, {metric.name: metric for metric in self.metrics}) is not None
 
     def tables_of(self, members: Iterable[int]) -> tuple[str, ...]:
         """The names of the tables in which some metrics have fields."""
@@ -132,7 +153,13 @@ class Plan:
 
     def __repr__(self) -> str:
         policy = ', nan_policy="ignore"' if self.ignores else ""
-        return f"Plan({', '.join(f'{m.name}={m.accumulator}' for m in self.metrics)}{policy})"
+        return f"Plan({', '.join(f'{m.name}={_shown(m.accumulator)}' for m in self.metrics)}{policy})"
+
+
+def _shown(accumulator: Accumulator) -> str:
+    """Of two plans that differ before and after a first update, JAX shows both, as in the carry of a scan."""
+    learns = isinstance(accumulator, clu_metric.CluMetric) and accumulator.learnt is None
+    return f"{accumulator}{' (before its first update: update it once, then reset(), before a scan)' if learns else ''}"
 
 
 def variable_of(table: str) -> str:
@@ -194,7 +221,7 @@ def parse(spec: Mapping[str, Any] | None, ignores: bool = False) -> Plan:
     return plan_of(metrics, ignores)
 
 
-def _metrics_of(spec: Mapping[str, Any], outer: tuple[str, ...]):
+def _metrics_of(spec: Mapping[str, Any], outer: tuple[str, ...]) -> Iterator[Metric]:
     for name, what in spec.items():
         path = (*outer, checked_name(name, outer))
         if isinstance(what, Mapping):
@@ -240,7 +267,8 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
         if what not in BY_NAME:
             raise ValueError(
                 f"DistributedMetrics(): {show_path(path)} asks for {what!r}, which is no known operation.\n"
-                f"  Known: {', '.join(map(repr, BY_NAME))}.{did_you_mean(what, BY_NAME)}"
+                f"  Known: {', '.join(map(repr, BY_NAME))}.{_meant(what)}\n"
+                "  Others have settings: Quantile(0.5), Histogram(edges)."
             )
         return BY_NAME[what]()
     if clu_metric.is_metric_class(what):
@@ -253,12 +281,21 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
     if isinstance(what, type) and issubclass(what, Accumulator):
         raise TypeError(
             f"DistributedMetrics(): {show_path(path)} is the class {what.__name__}, not an accumulator.\n"
-            f"  Make one: {what.__name__}()"
+            f"  Make one: {what.__name__}({', '.join(_required(what))})"
         )
     if not isinstance(what, Accumulator):
         raise TypeError(
             f"DistributedMetrics(): {show_path(path)} is {what!r} ({type(what).__name__}), which cannot be "
             f"accumulated.\n  Give one of {', '.join(map(repr, BY_NAME))}, an Accumulator, or a tuple of these."
+        )
+    settings = {one.name for one in dataclasses.fields(what)}
+    unseen = [name for name in vars(what) if name not in settings and not hasattr(type(what), name)]
+    if unseen:
+        kind = type(what).__name__
+        raise TypeError(
+            f"DistributedMetrics(): {show_path(path)}: {kind} has the attribute {unseen[0]!r}, which is no field of a "
+            "dataclass: two of them that differ in it would be taken for one.\n"
+            f"  Declare it: @dataclass(frozen=True) class {kind}(Accumulator): {unseen[0]}: float = 0.0"
         )
     try:
         hash(what)
@@ -268,12 +305,29 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
             "  Make its class a frozen dataclass whose fields are numbers, strings and tuples."
         ) from error
     for label in what.labels or ():
+        if not isinstance(label, str):
+            raise TypeError(
+                f"DistributedMetrics(): a label of {show_path(path)} must be a string, got {label!r} "
+                f"({type(label).__name__}).\n  For example: labels={tuple(map(str, what.labels))}"
+            )
         checked_name(label, path)
     try:
         what.merges()
     except ValueError as error:
         raise ValueError(f"DistributedMetrics(): {show_path(path)}: {error}") from error
     return what
+
+
+_MEANT = {"average": "'mean'", "avg": "'mean'", "median": "Quantile(0.5)", "p50": "Quantile(0.5)", "variance": "'var'"}
+
+
+def _meant(operation: str) -> str:
+    return f" Did you mean {_MEANT[operation]}?" if operation in _MEANT else did_you_mean(operation, BY_NAME)
+
+
+def _required(accumulator: type) -> list[str]:
+    parameters = inspect.signature(accumulator).parameters.values()
+    return [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
 
 
 def _check_names(metrics: tuple[Metric, ...]) -> None:
@@ -292,6 +346,25 @@ def _check_names(metrics: tuple[Metric, ...]) -> None:
                 f"  {'Rename one of them' if one != other else 'Once is enough'}."
             )
         results[metric.name] = metric.path
+    by_name = {metric.name: metric for metric in metrics}
+    for metric in metrics:
+        shown_by = _shown_by(metric.name, by_name, of_elements=True)
+        if shown_by is not None:
+            raise ValueError(
+                f"DistributedMetrics(): two results flatten to one name, {metric.name!r}: one of those of "
+                f"{show_path(shown_by.path)}, {shown_by.accumulator}, and {show_path(metric.path)}.\n"
+                "  Rename one of them."
+            )
+
+
+def _shown_by(name: str, metrics: Mapping[str, Metric], of_elements: bool = False) -> Metric | None:
+    """Of metrics by flat name, the one that has a flat result of this name; ``of_elements``: not for its own name."""
+    keys = name.split(SEPARATOR)
+    for i in range(len(keys) - of_elements, 0, -1):
+        metric = metrics.get(SEPARATOR.join(keys[:i]))
+        if metric is not None and metric.shows(keys[i:]):
+            return metric
+    return None
 
 
 def _check_tuples(metrics: tuple[Metric, ...]) -> None:
@@ -309,14 +382,3 @@ def _check_tuples(metrics: tuple[Metric, ...]) -> None:
 def _value_kind(accumulator: Accumulator) -> Any:
     """Equal for accumulators that read the same values."""
     return accumulator.inputs, accumulator.shape, accumulator.keywords
-
-
-def show_path(path: tuple[str, ...]) -> str:
-    """A path as it is written in code: ``['train']['loss']``."""
-    return "".join(f"[{key!r}]" for key in path)
-
-
-def did_you_mean(name: str, known) -> str:
-    """`` Did you mean ...?``, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from distributed_metrics import packing
-from distributed_metrics.plan import did_you_mean
+from distributed_metrics.naming import did_you_mean
 from distributed_metrics.view import is_traced, mapped_axes, varying_axes
 
 DEFAULT_AXIS = "batch"

@@ -1,7 +1,7 @@
 """The functional core: rows in, rows out. Everything here is pure, and nothing here knows of nnx.
 
-The functions named ``_local_*`` see one row of the tables, on the device that owns it; ``updated``, ``fresh``,
-``merged`` and ``gathered`` bring them to every way of running, which a ``View`` describes.
+The functions named ``_local_*`` see one row of the tables, on the device that owns it; the others bring them to every
+way of running, which a ``View`` describes, and to populations.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from distributed_metrics.tables import (
     split_words,
     table_dims,
 )
-from distributed_metrics.view import Layout, View, varying_axes
+from distributed_metrics.view import Layout, View, look_fresh, varying_axes
 
 ONE_ROW, MANY_ROWS = "reduced_into_one_row", "reduced_into_the_first_row"
 """Labels, in the compiled program, of values that XLA reduces because it is not known how they are partitioned."""
@@ -120,7 +120,7 @@ def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, array
         blocks += [replace(block, fields=f).on_first(counting) for block, f in zip(outer, outer_fields, strict=True)]
         contribution = assembled(plan, blocks)
         if used_others:
-            contribution = _merged_over(plan, used_others, contribution)
+            contribution = merged_over(plan, used_others, contribution)
         return _rowed(view, _local_follow(plan, _rowless(view, rows), contribution))
 
     row_spec = P(view.spread)
@@ -135,11 +135,10 @@ def updated(plan: Plan, view: View, feeds: Sequence[Feed], tables: Tables, array
 
 
 def _resharded(view: View, array: Array, spec: P) -> Array:
-    mesh = view.mesh if view.mesh is not None else jax.sharding.get_abstract_mesh()
-    return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+    return jax.sharding.reshard(array, NamedSharding(view.mesh_here(), spec))
 
 
-def _merged_over(plan: Plan, axes: tuple[str, ...], contribution: dict[str, Parts]) -> dict[str, Parts]:
+def merged_over(plan: Plan, axes: tuple[str, ...], contribution: dict[str, Parts]) -> dict[str, Parts]:
     """The contributions of devices that share a row, as one."""
     tables = {table: row_of(plan.tables[table], parts) for table, parts in contribution.items()}
     merged = split_words(plan, _local_merged(plan, axes, tables), tables)
@@ -147,7 +146,7 @@ def _merged_over(plan: Plan, axes: tuple[str, ...], contribution: dict[str, Part
 
 
 def merged(plan: Plan, view: View, tables: Tables) -> Array:
-    """The merge of all rows as one flat buffer of float32 words, the same on all devices. At most one collective."""
+    """The merge of all rows as one flat buffer of float32 words, the same on all devices. At most two collectives."""
 
     def local(rows: Tables) -> Array:
         return _local_merged(plan, view.mapped + view.spread, _rowless(view, rows))
@@ -246,16 +245,11 @@ def _over_populations(plan: Plan, view: View, function: Callable[[Tables], Any],
 
 def fresh(plan: Plan, layout: Layout) -> Tables:
     """Rows for a new object, wherever it is made: eagerly, in a trace, or inside a ``shard_map``."""
-    context = jax.sharding.get_abstract_mesh()
-    mapped = tuple(axis for axis in layout.axes if axis in context.manual_axes)
-    spread = tuple(axis for axis in layout.axes if axis not in mapped)
-
-    varying = tuple(context.manual_axes) if layout.alone else mapped + spread
+    view, varying = look_fresh(layout)
 
     def local() -> Tables:
         return {table: row[None] for table, row in _local_fresh(plan, varying).items()}
 
-    if layout.mesh is None or not spread:
+    if layout.mesh is None or not view.spread:
         return local()
-    mesh = None if not context.empty and all(axis in context.axis_names for axis in layout.axes) else layout.mesh
-    return jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=P(spread), axis_names=set(spread))()
+    return jax.shard_map(local, mesh=view.mesh, in_specs=(), out_specs=P(view.spread), axis_names=set(view.spread))()

@@ -10,11 +10,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distributed_metrics import heads, portable
-from distributed_metrics.accumulators import Accumulator, Histogram
+from distributed_metrics.accumulators import Histogram
+from distributed_metrics.accumulators.clu_metric import NotLearntError
 from distributed_metrics.gathering import Gathering, merge_rows
 from distributed_metrics.merging import Numbers, Parts
+from distributed_metrics.naming import SEPARATOR, did_you_mean, element, show_path
 from distributed_metrics.placement import on_host
-from distributed_metrics.plan import NONFINITE, SEPARATOR, Group, Plan, did_you_mean, show_path
+from distributed_metrics.plan import NONFINITE, Group, Plan
+from distributed_metrics.results import field_of, outside_of, results_of, shows
 from distributed_metrics.tables import join_words, parts_of, relaid_parts, split_words, words_of_a_row
 from distributed_metrics.view import is_traced
 
@@ -115,8 +118,8 @@ class Snapshot(Mapping[str, Any]):
             empty: ``"skip"`` leaves out what has seen nothing; ``"nan"`` keeps it, with its empty value.
 
         Returns:
-            Names to floats. A vector, or a population, gives one float for each element: ``acc/003``, ``loss/0``, or by
-            the labels of its accumulator.
+            Names to floats. A vector, or a population, gives one float for each element, by the
+            labels of its accumulator or numbered: ``acc/003``, ``loss/0``.
 
         Raises:
             TypeError: in a trace, where there are no floats yet.
@@ -128,28 +131,34 @@ class Snapshot(Mapping[str, Any]):
                 "Snapshot.flatten() gives Python floats, and in a trace there are none yet.\n"
                 "  Return the snapshot from the jitted function, and flatten it outside."
             )
+        if sep != SEPARATOR and len(names := [sep.join(metric.path) for metric in self._plan.metrics]) > len(
+            set(names)
+        ):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(
+                f"Snapshot.flatten(sep={sep!r}): two results flatten to one name, {twice!r}.\n"
+                f"  Take a separator that is in no name: sep={SEPARATOR!r}"
+            )
         flat: dict[str, float] = {}
         prefix = prefix.removesuffix(sep)
-        outside = self._by_metric(_outside_of)
+        outside = self._by_metric(outside_of)
         for i, (metric, weight) in enumerate(zip(self._plan.metrics, self._weights(), strict=True)):
             if isinstance(metric.accumulator, portable.Stored):
                 continue
             name, result = sep.join((prefix, *metric.path) if prefix else metric.path), self._result(i)
             if isinstance(result, float) and isinstance(weight, float):  # nearly always
-                if empty == "nan" or _shows(result, weight):
+                if empty == "nan" or shows(result, weight):
                     flat[name] = result
             else:
                 results, weights = np.asarray(result), np.asarray(weight)
                 for index in np.ndindex(results.shape):
-                    if empty == "nan" or _shows(results[index], weights[index[: weights.ndim]]):
-                        element = _padded(index, results.shape)
-                        if (labels := metric.accumulator.labels) is not None:
-                            element[-1] = labels[index[-1]]
-                        flat[sep.join((name, *element))] = float(results[index])
+                    if empty == "nan" or shows(results[index], weights[index[: weights.ndim]]):
+                        keys = element(index, results.shape, metric.accumulator.labels)
+                        flat[sep.join((name, *keys))] = float(results[index])
             for kind, number in outside[i].items():
                 for index in np.ndindex(np.shape(number)):
                     if empty == "nan" or number[index] != 0:
-                        flat[sep.join((name, *_padded(index, number.shape), kind))] = float(number[index])
+                        flat[sep.join((name, *element(index, number.shape), kind))] = float(number[index])
         return flat
 
     def histograms(self) -> dict[str, "Binned"]:
@@ -166,17 +175,16 @@ class Snapshot(Mapping[str, Any]):
             if not isinstance(metric.accumulator, Histogram):
                 continue
             counts, edges = np.asarray(self._result(i)), np.asarray(metric.accumulator.edges)
-            labels = metric.accumulator.labels
             for index in np.ndindex(counts.shape[:-1]):
-                name = SEPARATOR.join((metric.name, *_padded(index, counts.shape[:-1])))
-                bins = labels or [_padded((k,), counts.shape[-1:])[0] for k in range(counts.shape[-1])]
-                found[name] = Binned(counts[index], edges, tuple(SEPARATOR.join((name, bin)) for bin in bins))
+                name = SEPARATOR.join((metric.name, *element(index, counts.shape[:-1])))
+                bins = [element((k,), counts.shape[-1:], metric.accumulator.labels) for k in range(counts.shape[-1])]
+                found[name] = Binned(counts[index], edges, tuple(SEPARATOR.join((name, *bin)) for bin in bins))
         return found
 
     @property
     def count(self) -> Mapping[str, Any]:
         """The total weight that each result has seen, by flat name; of a ratio, its denominator."""
-        return self._by_flat_name(self._weights())
+        return _ByFlatName(self._weights(), self._plan)
 
     @property
     def nonfinite(self) -> Mapping[str, Any]:
@@ -190,20 +198,16 @@ class Snapshot(Mapping[str, Any]):
                 'Snapshot.nonfinite: these metrics propagate what is not finite, with nan_policy="propagate".\n'
                 '  To leave it out and count it: DistributedMetrics({...}, nan_policy="ignore")'
             )
-        return self._by_flat_name(self._by_metric(lambda group, tables, xp: _field(group, NONFINITE, tables)))
+        return _ByFlatName(self._by_metric(lambda group, tables, xp: field_of(group, NONFINITE, tables)), self._plan)
 
     @property
     def outside(self) -> Mapping[str, Mapping[str, Any]]:
         """What histograms saw beyond their edges, by flat name: weights of ``underflow``, ``overflow`` and ``nan``."""
         shown = [
             {kind: number if np.ndim(number) or is_traced(number) else float(number) for kind, number in one.items()}
-            for one in self._by_metric(_outside_of)
+            for one in self._by_metric(outside_of)
         ]
-        return self._by_flat_name(shown)
-
-    def _by_flat_name(self, of_metrics: list[Any]) -> "_ByFlatName":
-        names = (metric.name for metric in self._plan.metrics)
-        return _ByFlatName(dict(zip(names, of_metrics, strict=True)), self._plan)
+        return _ByFlatName(shown, self._plan)
 
     def to_dict(self) -> dict[str, Any]:
         """The merged state as a nested dict of NumPy arrays (numbers only), for a checkpoint or a file.
@@ -230,7 +234,8 @@ class Snapshot(Mapping[str, Any]):
         """The snapshot of what ``to_dict`` gave; its leaves may be NumPy arrays, JAX arrays or lists.
 
         The result of a clu metric, or of an accumulator of your own, can be read after ``metrics.merge`` into an object
-        that has its class; flat results leave it out before.
+        that has its class; flat results leave it out before. What a newer version of this library can accumulate, and
+        this one cannot, is kept in the same way.
 
         Raises:
             ValueError: no such dict; one that a newer version of this library wrote; metrics or fields that are missing
@@ -243,35 +248,41 @@ class Snapshot(Mapping[str, Any]):
         """Each table merged, in words ``(..., slots)``, on the host."""
         return {table: self._plan.tables[table].split(numbers) for table, numbers in self._tables().items()}
 
-    def _merged_for(self, plan: Plan, method: str) -> tuple[Plan, Any]:
-        """The merged state for an object that takes it up: the plan of both, and one buffer of words in its layout.
+    def require_fits(self, plan: Plan, method: str) -> Plan:
+        """The plan of both, where the accumulators of a plan can take this up.
+
+        Args:
+            plan: of the accumulators.
+            method: what was called, for an error.
 
         Raises:
             ValueError: another spec, or a population.
         """
         try:
             common = portable.reconciled(plan, self._plan)
+        except NotLearntError as error:
+            raise ValueError(f"{method}(): {error}") from error
         except ValueError as error:
             raise ValueError(
-                f"metrics.{method}(): the snapshot is of another spec. The accumulators first, the snapshot second:\n"
-                f"{error}"
+                f"{method}(): the snapshot is of another spec. The accumulators first, the snapshot second:\n{error}"
             ) from error
         if lead := self._lead():
             raise ValueError(
-                f"metrics.{method}(): the snapshot is of a population, or of stacked windows: {lead} in front of its "
-                f"results.\n  Take one: metrics.{method}(jax.tree.map(lambda x: x[0], snapshot))"
+                f"{method}(): the snapshot is of a population, or of stacked windows: {lead} in front of its "
+                f"results.\n  Take one: {method}(jax.tree.map(lambda x: x[0], snapshot))\n"
+                f"  Of stacked windows all: {method}(sum(snapshot.unstack()))"
             )
+        return common
+
+    def merged_words(self, plan: Plan) -> Any:
+        """The merged state in one buffer of words, as a plan that it fits lays them out."""
         xp = jnp if is_traced(self._words) else np
         parts = self._merged_parts() if is_traced(self._words) else self._host_parts()
-        return common, join_words(common, relaid_parts(self._plan, common, parts, xp), xp)
+        return join_words(plan, relaid_parts(self._plan, plan, parts, xp), xp)
 
     def _as_of(self, plan: Plan) -> "Snapshot":
         """The same, merged, with the plan of a sum that it goes into."""
-        if plan is self._plan:
-            return self
-        xp = jnp if is_traced(self._words) else np
-        parts = self._merged_parts() if is_traced(self._words) else self._host_parts()
-        return Snapshot(plan, join_words(plan, relaid_parts(self._plan, plan, parts, xp), xp))
+        return self if plan is self._plan else Snapshot(plan, self.merged_words(plan))
 
     def __add__(self, other: Any) -> "Snapshot":
         """Both windows together: what one would have been told of a window that spans the two.
@@ -293,7 +304,8 @@ class Snapshot(Mapping[str, Any]):
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"Snapshot + Snapshot: the left one has the leading dims {shapes[0]}, the right one {shapes[1]}.\n"
-                "  Add members one by one: jax.tree.map(lambda x: x[i], snapshot)"
+                "  Add members one by one: jax.tree.map(lambda x: x[i], snapshot)\n"
+                "  Of stacked windows all: sum(snapshot.unstack())"
             )
         merges = self._plan.tables
         if is_traced(self._words) or is_traced(other._words):
@@ -350,13 +362,18 @@ class Snapshot(Mapping[str, Any]):
         Raises:
             ValueError: the snapshot was made in a trace, where the rows are merged.
         """
-        i = {metric.name: i for i, metric in enumerate(self._plan.metrics)}.get(name)
+        i = self._plan.results.get(name)
         if i is None:
-            known = [metric.name for metric in self._plan.metrics]
-            raise KeyError(f"{name!r}: this snapshot has {', '.join(map(repr, known))}.{did_you_mean(name, known)}")
+            known = list(self._plan.results)
+            hint = did_you_mean(name, known)
+            if name in self._plan.values:
+                results = ", ".join(repr(self._plan.metrics[k].name) for k in self._plan.values[name])
+                hint = f" Of {name!r} take one of: {results}."
+            raise KeyError(f"{name!r}: this snapshot has {', '.join(map(repr, known))}.{hint}")
         if self._gathering is None:
             raise ValueError(
-                f"Snapshot.per_device({name!r}): made in a trace, or a sum of snapshots: the rows are merged.\n"
+                f"Snapshot.per_device({name!r}): made in a trace, a sum of snapshots, or read in a process without "
+                "devices of the mesh: the rows are merged.\n"
                 "  Call compute() or flush() outside of jit to keep them; a sum of snapshots has none either."
             )
         tables = self._host_rows()
@@ -366,10 +383,10 @@ class Snapshot(Mapping[str, Any]):
             raise ValueError(
                 f"Snapshot.per_device({name!r}): what is as large as this, with {slots} slots on each device, is "
                 "merged on its way between processes: there is no row for each device.\n"
-                "  Keep what you want by device in an object of its own: DistributedMetrics({"
-                f"{self._plan.metrics[i].value!r}: ...}}, mesh=mesh)"
+                "  Small metrics beside it go into an object of their own; a large one has to be coarser: "
+                "Quantile(0.5, relative_error=0.05), or a Histogram of few bins."
             )
-        results = _results_of(group, tables, np)
+        results = results_of(group, tables, np)
         lead = next(iter(tables.values()))[0].ndim - 1
         return results[(slice(None),) * lead + (group.members.index(i),)]
 
@@ -452,13 +469,13 @@ class Snapshot(Mapping[str, Any]):
             self._results = [None] * len(self._plan.metrics)
         if self._results[i] is None:
             group = self._plan.group_of[i]
-            results = self._of_group(_results_of, group)
+            results = self._of_group(results_of, group)
             for member, result in zip(group.members, results, strict=True):
                 self._results[member] = result
         return self._results[i]
 
     def _weights(self) -> list[Any]:
-        return self._by_metric(lambda group, tables, xp: _field(group, "weight", tables))
+        return self._by_metric(lambda group, tables, xp: field_of(group, "weight", tables))
 
     def _by_metric(self, of_group: Any) -> list[Any]:
         results: list[Any] = [None] * len(self._plan.metrics)
@@ -487,59 +504,28 @@ class Snapshot(Mapping[str, Any]):
         return [member(k) for k in range(len(group.members))]
 
 
-def _shows(result: Any, weight: Any) -> bool:
-    """Whether something was seen, as far as it can be told: a sum may be of weights that cancel, as 1 and -1 do."""
-    return weight != 0 or not (result == 0 or np.isnan(result))
-
-
-def _field(group: Group, field: str, tables: Mapping[str, Numbers]) -> Any:
-    """One field of all members of a group: ``(..., members, *shape)``; a tuple where its merge has several numbers."""
-    place = group.fields[field]
-    of_members = []
-    for number in tables[place.merge.name]:
-        block = number[..., place.start : place.start + len(group.members) * place.size]
-        of_members.append(block.reshape(*number.shape[:-1], len(group.members), *place.shape))
-    return of_members[0] if len(of_members) == 1 else tuple(of_members)
-
-
-def _own_fields(group: Group, tables: Mapping[str, Numbers]) -> dict[str, Any]:
-    """``weight`` and the accumulator's own fields."""
-    return {field: _field(group, field, tables) for field in group.fields if field != NONFINITE}
-
-
-def _results_of(group: Group, tables: Mapping[str, Numbers], xp: Any) -> Any:
-    """The results of all members of a group: ``(..., members, *result_shape)``."""
-    fields = _own_fields(group, tables)
-    with np.errstate(all="ignore"):  # what is empty divides by 0
-        results = group.accumulator.result(xp, **fields)
-    if group.accumulator.empty is None:
-        return results
-    weight = fields["weight"].reshape(fields["weight"].shape + (1,) * (results.ndim - fields["weight"].ndim))
-    return xp.where(weight == 0, group.accumulator.empty, results)
-
-
-def _outside_of(group: Group, tables: Mapping[str, Numbers], xp: Any) -> dict[str, Any]:
-    """What is beside the results of all members of a group, by name: ``(..., members, *S)``."""
-    if type(group.accumulator).outside is Accumulator.outside:  # nothing, as a rule
-        return {}
-    return group.accumulator.outside(xp, **_own_fields(group, tables))
-
-
-def _padded(index: tuple[int, ...], shape: tuple[int, ...]) -> list[str]:
-    return [str(i).zfill(len(str(n - 1))) for i, n in zip(index, shape, strict=True)]
-
-
-class _ByFlatName(dict[str, Any]):
+class _ByFlatName(Mapping[str, Any]):
     """Results by flat name; the name of a value stands for the first member of its tuple."""
 
-    def __init__(self, results: dict[str, Any], plan: Plan):
-        super().__init__(results)
+    def __init__(self, results: list[Any], plan: Plan):
+        self._results = results
         self._plan = plan
 
-    def __missing__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Any:
+        if name in self._plan.results:
+            return self._results[self._plan.results[name]]
         if name in self._plan.values:
-            return self[self._plan.metrics[self._plan.values[name][0]].name]
+            return self._results[self._plan.values[name][0]]
         raise KeyError(f"{name!r}: this snapshot has {', '.join(map(repr, self))}.{did_you_mean(str(name), self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 def _flatten(snapshot: Snapshot) -> tuple[tuple[Any], tuple[Plan, Gathering | None]]:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distributed_metrics.metrics import DistributedMetrics
 from distributed_metrics.snapshot import Snapshot
-from distributed_metrics.view import is_traced
+from distributed_metrics.tables import Tables
+from distributed_metrics.view import is_traced, mapped_axes
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class _Inbox:
             receive, step, snapshot = self._sent.get()
             try:
                 receive(int(np.asarray(jax.device_get(step))), snapshot)
-            except Exception as error:
+            except Exception as error:  # the thread goes on; wait() raises it
                 error.add_note("flush_every: raised by the callback.")
                 self._failures.append(error)
             finally:
@@ -74,12 +76,28 @@ class _Inbox:
 _INBOX = _Inbox()
 
 
+@jax.custom_batching.custom_vmap
+def _one_run(tables: Tables) -> Tables:
+    """The same rows, in a program that is no ``vmap`` of several runs."""
+    return tables
+
+
+@_one_run.def_vmap
+def _refuse_vmap(*_: Any) -> Any:
+    raise ValueError(
+        "flush_every(): under vmap there is no order in which the members could tell of their windows.\n"
+        "  Let the loop return its windows: def body(metrics, x): ...; return metrics, metrics.flush()\n"
+        "  metrics, windows = jax.lax.scan(body, metrics, xs)  # a Snapshot of stacked windows"
+    )
+
+
 def flush_every(metrics: DistributedMetrics, step: Any, n: int, callback: Receive) -> None:
     """Inside a compiled loop: flush where ``(step + 1) % n == 0``, and tell the host while the program runs on.
 
     For ``lax.scan`` and ``fori_loop`` (and those of nnx), on one device and on many, under ``jit`` and in
-    ``shard_map``: there the flush is one collective, which only steps that flush run. Where the numbers may come at the
-    end of the program, let the loop return ``metrics.flush()`` as an output instead: that costs no callback.
+    ``shard_map``: there the flush is one collective (two where the state is large), which only steps that flush run.
+    Where the numbers may come at the end of the program, let the loop return ``metrics.flush()`` as an output instead:
+    that costs no callback.
 
     Args:
         metrics: what the loop updates; it starts afresh where it was flushed.
@@ -116,9 +134,20 @@ def flush_every(metrics: DistributedMetrics, step: Any, n: int, callback: Receiv
     ends = (step + 1) % n == 0
     if is_traced(ends) or metrics._in_trace():
         _INBOX.used = True
-        metrics._flush_where(ends, step, functools.partial(_INBOX.put, callback))
+
+        def tell(window: Snapshot) -> None:
+            send = functools.partial(jax.debug.callback, functools.partial(_INBOX.put, callback), step, window)
+            if mapped := mapped_axes():  # all devices know: one speaks
+                jax.lax.cond(jax.lax.axis_index(mapped) == 0, send, lambda: None)
+            else:
+                send()
+
+        metrics._flush_where(jnp.asarray(ends), _one_run, tell)
     elif ends:
-        callback(int(step), metrics.flush())
+        window = metrics.flush()
+        if jax.process_index() == metrics._processes()[0]:
+            _INBOX.used = True
+            _INBOX.put(callback, step, window)
 
 
 def wait_for_callbacks() -> None:
@@ -134,5 +163,5 @@ def wait_for_callbacks() -> None:
 def _at_exit() -> None:
     try:
         wait_for_callbacks()
-    except Exception:
+    except Exception:  # nobody is left to hear of it
         _LOG.exception("flush_every: a callback raised")

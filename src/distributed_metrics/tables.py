@@ -96,8 +96,8 @@ def relaid_parts(old: Plan, new: Plan, parts: Mapping[str, Parts], xp: Any) -> d
                 before = old.group_of[i]
                 place = before.fields.get(name)
                 if place is not None and (place.merge.name, place.shape) == (field.merge.name, field.shape):
-                    start = place.start + before.members.index(i) * place.size
-                    words = tuple(part[..., start : start + field.size] for part in parts[place.merge.name])
+                    slots = place.slots_of_one(before.members.index(i))
+                    words = tuple(part[..., slots] for part in parts[place.merge.name])
                 else:
                     words = tuple(xp.full((*lead, field.size), one, xp.float32) for one in field.merge.identity)
                 relaid[field.merge.name].append(words)

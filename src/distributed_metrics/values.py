@@ -1,40 +1,20 @@
 """What ``update()`` was given -> arrays and feeds. Whatever can be wrong with a value is found here, at trace time."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from distributed_metrics.accumulators import Accumulator, CluMetric
-from distributed_metrics.accumulators.clu_metric import batch_size, in_order
-from distributed_metrics.accumulators.clu_weight import EXAMPLES, WEIGHT, weighted
-from distributed_metrics.compensated import host_pair
 from distributed_metrics.contributions import Feed, Source
+from distributed_metrics.keyword_values import keyword_feed
+from distributed_metrics.naming import SEPARATOR, did_you_mean, flattened
+from distributed_metrics.numbers import numbers_of
 from distributed_metrics.placement import Situation, Value, on_device, placed
-from distributed_metrics.plan import SEPARATOR, Plan, did_you_mean
-from distributed_metrics.view import full_spec, is_traced, spec_axes, varying_axes
-
-
-@dataclass(frozen=True)
-class HostNumber:
-    """A number that was split on the host: its high and low words, float32 of shape (2,)."""
-
-    words: jax.Array
-
-
-def flattened(metrics: Mapping[str, Any], leaves: Collection[str], outer: str = "") -> Iterator[tuple[str, Any]]:
-    """The flat names and values of a nested mapping; a mapping under a name of ``leaves`` is a value itself."""
-    for key, value in metrics.items():
-        name = f"{outer}{SEPARATOR}{key}" if outer else str(key)
-        if isinstance(value, Mapping) and name not in leaves:
-            yield from flattened(value, leaves, name)
-        else:
-            yield name, value
+from distributed_metrics.plan import Plan
+from distributed_metrics.view import full_spec, spec_axes, varying_axes
 
 
 def named_values(plan: Plan, metrics: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +33,10 @@ def named_values(plan: Plan, metrics: Mapping[str, Any] | None, named: Mapping[s
     for source in (metrics or {}, named):
         for name, value in flattened(source, plan.values):
             if name in given:
-                raise ValueError(f"metrics.update() got {name!r} twice.")
+                raise ValueError(
+                    f"metrics.update() got {name!r} twice: in the dict and as a keyword, or nested and flat.\n"
+                    f"  Give it once: metrics.update({{{name!r}: x}})"
+                )
             if name not in plan.values:
                 raise _unknown_name(plan, name)
             given[name] = value
@@ -68,6 +51,16 @@ def _unknown_name(plan: Plan, name: str, argument: str = "") -> ValueError:
     shown = ", ".join(map(repr, known[:20])) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
     add = "" if argument else f'\n  To add it: DistributedMetrics({{..., "{name}": "mean"}})'
     near = did_you_mean(name, known)
+    if name in plan.results:
+        whole = plan.metrics[plan.results[name]].value
+        return ValueError(
+            f"metrics.update({argument}) got {name!r}, which is a result of {whole!r}.\n"
+            f"  Give the value once, for all its statistics: metrics.update({{{whole!r}: x}})"
+        )
+    for metric in plan.metrics:
+        if isinstance(metric.accumulator, CluMetric) and name in (taken := metric.accumulator.parameters()):
+            near = f"\n  {name}= is one of the keywords of {metric.value!r}: metrics.update({{{metric.value!r}: dict("
+            near, add = near + ", ".join(f"{keyword}={keyword}" for keyword in taken) + ")})", ""
     if not argument and name in _MASKS:
         add = ""
         near = " A mask or weights of the values are the argument weight=."
@@ -124,7 +117,7 @@ def feeds_of(
 
     def add_weight(name: str, weight: Any) -> tuple[int, bool]:
         if id(weight) not in taken:
-            numbers, pair = _numbers(name, weight, "weight")
+            numbers, pair = numbers_of(name, weight, "weight")
             taken[id(weight)] = (len(arrays), pair)
             arrays.append(numbers)
         return taken[id(weight)]
@@ -133,7 +126,7 @@ def feeds_of(
         metrics = plan.values[name]
         accumulator = plan.metrics[metrics[0]].accumulator
         if accumulator.keywords:
-            feeds.append(_keyword_feed(name, metrics, value, specs.get(name), situation, arrays))
+            feeds.append(keyword_feed(name, metrics, value, specs.get(name), situation, arrays))
             continue
         inputs: list[Source] = []
         input_weights: list[Source | None] = []
@@ -141,7 +134,7 @@ def feeds_of(
             accumulator.inputs, _inputs(name, value, accumulator), _specs(specs.get(name), accumulator), strict=True
         ):
             label = name if len(accumulator.inputs) == 1 else f"{name} ({part_name})"
-            numbers, pair = _numbers(label, part, "value")
+            numbers, pair = numbers_of(label, part, "value")
             shape = numbers.shape[:-1] if pair else numbers.shape
             _check_shape(label, shape, accumulator)
             numbers, spec = placed(label, numbers, shape, spec, situation)
@@ -169,89 +162,6 @@ def feeds_of(
     return tuple(feeds), [on_device(array, situation) for array in arrays]
 
 
-def keywords_of(name: str, accumulator: CluMetric, value: Any, weight: Any) -> dict[str, Any]:
-    """The value of a metric that takes keywords: arrays, in dtypes that devices have, settings, and the weight, if any.
-
-    Raises:
-        TypeError: no dict, or something that is neither an array nor a setting.
-        ValueError: a weight that does not fit, or a metric that cannot be weighted.
-    """
-    if not isinstance(value, Mapping):
-        raise TypeError(
-            f"metrics.update(): {name!r} is {accumulator}, whose value is a dict of the keywords of its "
-            f"from_model_output(); got {type(value).__name__}.\n"
-            f"  For example: metrics.update({{{name!r}: dict(predictions=predictions, labels=labels)}})"
-        )
-    given = {}
-    for keyword, one in in_order(accumulator.metric, value).items():
-        one = one.get_value() if isinstance(one, nnx.Variable) else one
-        if isinstance(one, np.ndarray) and one.dtype.kind in "biuf":
-            one = _in_device_dtype(f"{name} ({keyword})", one)
-        elif not isinstance(one, jax.Array):
-            try:
-                hash(one)
-            except TypeError as error:
-                raise TypeError(
-                    f"metrics.update(): {keyword}= of {name!r} is {one!r:.80}, neither an array nor a setting (a "
-                    "number, a string, a tuple).\n  Strings cannot be accumulated on a device; of a list of numbers "
-                    "make an array: jnp.asarray(...)."
-                ) from error
-        given[keyword] = one
-    return given if weight is None else weighted(name, accumulator.metric, given, weight, batch_size(given))
-
-
-def _in_device_dtype(name: str, array: np.ndarray) -> np.ndarray:
-    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
-    if dtype.kind in "iu" and array.size and not np.array_equal(array.astype(dtype), array):
-        raise ValueError(f"metrics.update(): {name!r} holds integers beyond {dtype}, which is all that it is given.")
-    return array.astype(dtype)
-
-
-def _keyword_feed(
-    name: str, metrics: tuple[int, ...], value: Mapping[str, Any], spec: Any, situation: Situation, arrays: list[Value]
-) -> Feed:
-    """The feed of a value that is a dict of keywords: the arrays of the batch are partitioned alike, others are not."""
-    batch = batch_size(value)
-    by_keyword = spec if isinstance(spec, Mapping) else {}
-    found: dict[str, tuple[Value, P | None]] = {}
-    batched: dict[str, P | None] = {}
-    for keyword, one in value.items():
-        if not isinstance(one, jax.Array | np.ndarray):
-            continue
-        asked = by_keyword.get(keyword) if isinstance(spec, Mapping) else spec
-        of_batch = one.ndim > 0 and one.shape[0] == batch and by_keyword.get(keyword) != P()
-        if not of_batch:
-            asked = P()
-        elif isinstance(asked, P):
-            asked = P(*asked[: one.ndim])
-        asked = None if situation.view.explicit else asked  # there types say it, also of a setting
-        found[keyword] = placed(f"{name} ({keyword})", one, one.shape, asked, situation)
-        if of_batch:
-            batched[keyword] = found[keyword][1]
-    for keyword, lies in batched.items():
-        if lies is not None and (further := [entry for entry in lies[1:] if entry is not None]):
-            raise ValueError(
-                f"metrics.update(): {keyword}= of {name!r} is partitioned over {further[0]!r} within an example, and "
-                "its metric needs examples as a whole.\n  Gather it first: jax.sharding.reshard(x, P(batch_axis))."
-            )
-    leading = {P(*lies[:1]) for lies in batched.values() if lies is not None and spec_axes(lies)}
-    if len(leading) > 1:
-        raise ValueError(
-            f"metrics.update(): the arrays of {name!r} are partitioned along their examples in different ways: "
-            f"{', '.join(f'{k}: {lies}' for k, lies in batched.items())}.\n  Partition them alike."
-        )
-    unknown = any(lies is None for lies in batched.values())
-    common = None if unknown else next(iter(leading), P())
-    sources = []
-    for keyword, (array, _) in found.items():
-        sources.append(Source(len(arrays), common if keyword in batched else P(), pair=False))
-        arrays.append(array)
-    settings = tuple((keyword, one) for keyword, one in value.items() if keyword not in found)
-    if WEIGHT in value:
-        settings += ((EXAMPLES, tuple(keyword for keyword in batched if keyword != WEIGHT)),)
-    return Feed(metrics, tuple(sources), (None,) * len(sources), tuple(found), settings)
-
-
 def _inputs(name: str, value: Any, accumulator: Accumulator) -> tuple[Any, ...]:
     wanted = accumulator.inputs
     if len(wanted) == 1:
@@ -269,86 +179,6 @@ def _specs(spec: Any, accumulator: Accumulator) -> tuple[Any, ...]:
     if isinstance(spec, tuple | list) and not isinstance(spec, P) and len(spec) == len(accumulator.inputs):
         return tuple(spec)
     return (spec,) * len(accumulator.inputs)
-
-
-def _numbers(name: str, value: Any, what: str) -> tuple[Value, bool]:
-    """The value as an array, and whether it was split into high and low words on the host.
-
-    Raises:
-        TypeError: it is no number, or a complex one.
-    """
-    if isinstance(value, HostNumber):
-        return value.words, True
-    if isinstance(value, nnx.Variable):
-        value = value.get_value()
-    if isinstance(value, jax.Array):
-        if not (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == jnp.bool_):
-            raise _no_number(name, value, what)
-        if not is_traced(value) and value.is_deleted():
-            raise ValueError(
-                f"metrics.update(): the {what} of {name!r} was deleted: donated to a jitted function, as a rule.\n"
-                "  Update with it before, or return it from that function."
-            )
-        if jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise _is_complex(name, value.dtype, what)
-        return value, False
-    if isinstance(value, bool | int | float | complex | np.ndarray | np.generic):
-        array = np.asarray(value)
-        if np.iscomplexobj(array):
-            raise _is_complex(name, array.dtype, what)
-        if array.dtype == np.bool_:
-            return array, False
-        if (array.dtype.kind in "iuf" and array.dtype.itemsize > 4) or (
-            array.dtype == object and isinstance(value, int)
-        ):
-            try:
-                return host_pair(array), True
-            except OverflowError as error:
-                raise ValueError(
-                    f"metrics.update(): the {what} of {name!r} is an integer beyond every float: about "
-                    f"2^{max(int(one).bit_length() for one in array.flat)}.\n  Sums hold up to 2^127."
-                ) from error
-        if jnp.issubdtype(array.dtype, jnp.number):
-            return array, False
-        raise _no_number(name, array, what)
-    raise _no_number(name, value, what)
-
-
-def _no_number(name: str, got: Any, what: str) -> TypeError:
-    shown = f"an array of {got.dtype}" if isinstance(got, jax.Array | np.ndarray) else f"{_of(got)}{_shown(got)}"
-    fix = "Give a scalar or an array of floats, integers or booleans"
-    if isinstance(got, tuple) and len(got) == 2:
-        fix = (
-            'Of a sum and what it is divided by, the accumulator is "ratio"; a mean of values under a mask is '
-            f"metrics.update({{{name!r}: values}}, weight=mask)."
-        )
-    elif isinstance(got, list | tuple):
-        fix += "; of a list make one: jnp.asarray(...)."
-    elif got is None:
-        fix += ", or leave it out: metrics that are not named are left alone."
-    elif isinstance(got, Mapping):
-        fix += f"; for names below {name!r} the spec is a dict as well: DistributedMetrics({{{name!r}: {{...}}}})."
-    else:
-        fix += "."
-    return TypeError(f"metrics.update(): the {what} of {name!r} is no number: {shown}.\n  {fix}")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple | list) and any(isinstance(one, jax.Array | np.ndarray) for one in value):
-        return f" of arrays of the shapes {', '.join(str(np.shape(one)) for one in value)}"
-    return f": {value!r:.80}"
-
-
-def _of(value: Any) -> str:
-    kind = type(value).__name__
-    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
-
-
-def _is_complex(name: str, dtype: Any, what: str) -> TypeError:
-    return TypeError(
-        f"metrics.update(): the {what} of {name!r} is complex ({dtype}), and complex numbers have no order to "
-        "log them by.\n  Give its magnitude, jnp.abs(x), or its real part, x.real."
-    )
 
 
 def _check_shape(name: str, shape: tuple[int, ...], accumulator: Accumulator) -> None:

@@ -63,6 +63,10 @@ class View:
     explicit: bool = False
     row_dim: bool = True
 
+    def mesh_here(self) -> AnyMesh:
+        """The mesh of the ``shard_map`` that a global view enters: its own, or that of the code around it."""
+        return self.mesh if self.mesh is not None else jax.sharding.get_abstract_mesh()
+
     @property
     def global_axes(self) -> tuple[str, ...]:
         """The axes of the ``shard_map`` that a global view enters; empty where there is none to enter.
@@ -98,6 +102,12 @@ def make_layout(mesh: AnyMesh | None, axis_name: str | Iterable[str] | None) -> 
         return Layout(None, (), alone=True)
     if mesh is None:
         mesh = _context_mesh()
+        if mesh is None and axis_name is not None:
+            raise ValueError(
+                f"DistributedMetrics(axis_name={axis_name!r}): there is no mesh that could have this axis.\n"
+                f"  Give it: DistributedMetrics({{...}}, mesh=mesh, axis_name={axis_name!r}), or make the object under "
+                "jax.set_mesh(mesh)."
+            )
         if mesh is None:
             return Layout(None, ())
     if not isinstance(mesh, Mesh | AbstractMesh):
@@ -171,6 +181,16 @@ def look(layout: Layout, rows: Any, dims: int) -> View:
     )
 
 
+def look_fresh(layout: Layout) -> tuple[View, tuple[str, ...]]:
+    """The view of new rows where they are made, and the axes over which the types of rows vary there."""
+    context = jax.sharding.get_abstract_mesh()
+    mapped = tuple(axis for axis in layout.axes if axis in context.manual_axes)
+    spread = tuple(axis for axis in layout.axes if axis not in mapped)
+    known = not context.empty and all(axis in context.axis_names for axis in layout.axes)
+    varying = tuple(context.manual_axes) if layout.alone else mapped + spread
+    return View(mapped, spread, None if known else layout.mesh), varying
+
+
 def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) -> View:
     manual = tuple(context.manual_axes)
     if rows.ndim < dims:  # pmap took the row dim away
@@ -179,9 +199,9 @@ def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) ->
     if layout.mesh is None:
         raise ValueError(
             f"DistributedMetrics: this object has one row, and here {axes_size(context, manual)} devices are mapped "
-            f"over {manual}: they would overwrite each other.\n"
-            "  Give each a row: DistributedMetrics({...}, mesh=mesh), split over the devices on the way in "
-            f"(shard_map: in_specs=P({', '.join(map(repr, manual))}); pmap: in_axes=0)."
+            f"{_over(manual)}: they would overwrite each other.\n"
+            "  Give each a row: DistributedMetrics({...}, mesh=mesh), split over the devices on the way in, by "
+            + (f"in_specs=P({', '.join(map(repr, manual))})." if manual != _OF_PMAP else "in_axes=0.")
         )
     mapped = tuple(axis for axis in layout.axes if axis in manual)
     spread = tuple(axis for axis in layout.axes if axis not in manual)
@@ -201,7 +221,7 @@ def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) ->
             else ""
         )
         raise ValueError(
-            f"DistributedMetrics: {here} rows of the accumulators entered code that is mapped over {manual}; each "
+            f"DistributedMetrics: {here} rows of the accumulators entered code that is mapped {_over(manual)}; each "
             f"device owns {layout.rows // axes_size(context, manual) if elsewhere else expected} of {layout.rows}.\n"
             f"  {probably}Split them over all their axes: in_specs=P(({shown},)), and out_specs the same (pmap: "
             "in_axes=0). For rows along some axes only: DistributedMetrics({...}, mesh=mesh, axis_name=...)"
@@ -209,6 +229,13 @@ def _look_mapped(layout: Layout, rows: Any, dims: int, context: AbstractMesh) ->
     others = tuple(axis for axis in context.axis_names if axis not in manual and axis not in spread)
     kinds = [kind for axis, kind in zip(context.axis_names, context.axis_types, strict=True) if axis not in manual]
     return View(mapped, spread, None, others, bool(kinds) and all(kind == AxisType.Explicit for kind in kinds))
+
+
+_OF_PMAP = ("_internal_pmap_axis_name",)  # as JAX calls it where the user gave no name: only for errors
+
+
+def _over(axes: tuple[str, ...]) -> str:
+    return "by pmap" if axes == _OF_PMAP else f"over {axes}"
 
 
 def _mesh_of(rows: Any, layout: Layout) -> AnyMesh:

@@ -1,7 +1,11 @@
-"""One of several processes: python same_results.py RANK PROCESSES PORT. Prints ``results()`` as one line of JSON."""
+"""One of several processes: python same_results.py RANK PROCESSES PORT [CASE ...].
+
+Prints ``results()`` of these cases, by default of all, as one line of JSON.
+"""
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import metrax
@@ -10,10 +14,17 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distributed_metrics import DistributedMetrics, Histogram, PeriodicFlush, Quantile, Snapshot, count_collectives
+from distributed_metrics import (
+    DistributedMetrics,
+    Histogram,
+    PeriodicFlush,
+    Quantile,
+    Snapshot,
+    count_collectives,
+    programs,
+)
 from distributed_metrics.gathering import gathering_of
 from distributed_metrics.heads import HEAD_WORDS, label
-from distributed_metrics.metrics import _gather_program
 from distributed_metrics.placement import by_process
 from distributed_metrics.writers import MemoryWriter
 
@@ -89,7 +100,7 @@ def sent_by_flush(metrics: DistributedMetrics) -> dict[str, int]:
     tables, rows = metrics._tables(), metrics._layout.rows
     gathering = gathering_of(metrics._plan, rows, metrics._plan.tables, HEAD_WORDS)
     labels = by_process(label(metrics._head(True, None)[1], gathering, rows), rows, tables)
-    program = _gather_program(metrics._plan, metrics._situation(tables).view, gathering, True)
+    program = programs.gather(metrics._plan, metrics._situation(tables).view, gathering, True)
     return count_collectives(program, tables, labels)
 
 
@@ -134,23 +145,24 @@ def served(mesh: Mesh) -> dict[str, object]:
     return {"written": written, "derived": derived, "total": total}
 
 
-def results() -> dict[str, object]:
-    """All of it, on eight devices."""
+def results(cases: Sequence[str] = ()) -> dict[str, object]:
+    """These cases, on eight devices; all of them if none is named."""
     kinds = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
     lines = {name: jax.make_mesh((8,), ("data",), axis_types=(kind,)) for name, kind in kinds.items()}
     grid = jax.make_mesh((2, 4), ("model", "data"), axis_types=(AxisType.Auto,) * 2)  # processes along "model"
     everywhere = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    return {
-        "1 axis, explicit": on_one_mesh(lines["explicit"], ("data",), P("data"), ALL),
-        "2 axes, rows over one, across processes": on_one_mesh(everywhere, ("data",), P("data")),
-        "2 axes, rows over one, within processes": on_one_mesh(grid, ("data",), P("data")),
-        "mapped": mapped(lines["auto"]),
-        "large": large(lines["auto"]),
-        "served": served(lines["explicit"]),
+    all_of_them: dict[str, Callable[[], dict[str, object]]] = {
+        "1 axis, explicit": lambda: on_one_mesh(lines["explicit"], ("data",), P("data"), ALL),
+        "2 axes, rows over one, across processes": lambda: on_one_mesh(everywhere, ("data",), P("data")),
+        "2 axes, rows over one, within processes": lambda: on_one_mesh(grid, ("data",), P("data")),
+        "mapped": lambda: mapped(lines["auto"]),
+        "large": lambda: large(lines["auto"]),
+        "served": lambda: served(lines["explicit"]),
     }
+    return {name: run() for name, run in all_of_them.items() if not cases or name in cases}
 
 
 if __name__ == "__main__":
     import join  # noqa: F401 (joins this process to the others)
 
-    print(json.dumps(results()))
+    print(json.dumps(results(sys.argv[4:])))

@@ -2,10 +2,14 @@
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import numpy as np
+
 from distributed_metrics.merging import MERGES, SUM, Merge
+
+_OF_ALL = ("shape", "name", "labels")  # what each accumulator has, beside settings of its own
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Accumulator:
         labels: names for the last dim of the result, in flat results; by default its elements are numbered.
 
     Raises:
-        ValueError: not as many labels as elements.
+        TypeError, ValueError: no shape; not one label for each element.
 
     Example: the geometric mean of positive numbers.
 
@@ -67,12 +71,23 @@ class Accumulator:
         try:
             object.__setattr__(self, "shape", tuple(map(operator.index, shape)))
         except TypeError as error:
+            kind, own = type(self).__name__, [one.name for one in fields(self) if one.name not in _OF_ALL]
+            hint = f"\n  It comes first; give settings of your own by keyword: {kind}({own[0]}=...)" if own else ""
             raise TypeError(
-                f"{type(self).__name__}(shape={self.shape!r}): the shape of one element, such as 10 or (10, 3).\n"
-                f"  It comes first; give settings of your own by keyword: {type(self).__name__}(power=2.0)"
+                f"{kind}(shape={self.shape!r}): the shape of one element, such as 10 or (10, 3).{hint}"
             ) from error
+        if any(size < 1 for size in self.shape):
+            raise ValueError(
+                f"{type(self).__name__}(shape={self.shape!r}): the shape of one element, of sizes of 1 or more."
+            )
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
+            twice = [label for label in self.labels if self.labels.count(label) > 1]
+            if twice:
+                raise ValueError(
+                    f"{self}: the label {twice[0]!r} is there twice, and flat results would keep one of the two: "
+                    f"{', '.join(map(repr, self.labels))}.\n  Give each element a label of its own."
+                )
             if (len(self.labels),) != self.result_shape()[-1:]:
                 raise ValueError(
                     f"{self}: {len(self.labels)} labels for results of shape {self.result_shape()}: "
@@ -141,3 +156,15 @@ class Accumulator:
     def __str__(self) -> str:
         kind = type(self).__name__.lower()
         return kind if not self.shape else f"{kind}{list(self.shape)}"
+
+
+def as_numbers(call: str, given: Any) -> np.ndarray:
+    """Settings as float64.
+
+    Raises:
+        TypeError: they are no numbers.
+    """
+    try:
+        return np.asarray(given, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{call}={given!r}): a number, or several.") from error

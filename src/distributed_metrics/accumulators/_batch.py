@@ -198,7 +198,7 @@ class Batch:
             return None
         return (align(self.weight[0]), align(self.weight[1])) if isinstance(self.weight, tuple) else align(self.weight)
 
-    def _where_counted(self, value, instead: float = 0):
+    def _where_counted(self, value: Any, instead: float = 0) -> Any:
         if self.weight is None:
             return value
         counted = self.counted()

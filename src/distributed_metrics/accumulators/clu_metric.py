@@ -78,6 +78,10 @@ class Learnt:
         return sum(leaf.size for leaf in self.leaves)
 
 
+class NotLearntError(ValueError):
+    """What the state of a metric looks like is not known before its first update."""
+
+
 @dataclass(frozen=True)
 class CluMetric(Accumulator):
     """A ``clu.metrics.Metric`` subclass, in whose place the class itself may stand in a spec. Empty: NaN.
@@ -93,6 +97,7 @@ class CluMetric(Accumulator):
         learnt: not for users.
     """
 
+    fields = {"leaves": ADDED}
     keywords = True
 
     metric: Any
@@ -107,9 +112,15 @@ class CluMetric(Accumulator):
     def label(self) -> str:
         return self.name if self.name is not None else self.metric.__name__.lower()
 
+    def parameters(self) -> list[str]:
+        """The keywords that ``from_model_output`` names."""
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = inspect.signature(self.metric.from_model_output).parameters.values()
+        return [one.name for one in named if one.kind not in kinds]
+
     def merges(self) -> dict[str, Merge]:
         if self.learnt is None or self.learnt.adds:
-            return {"weight": SUM, "leaves": ADDED}
+            return super().merges()
         return {"weight": SUM, "leaves": _own_merge(self.metric, self.learnt)}
 
     def field_shape(self, field: str) -> tuple[int, ...]:
@@ -216,7 +227,7 @@ def learn(accumulator: CluMetric, outputs: Mapping[str, Any]) -> CluMetric:
         name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in outputs.items() if hasattr(one, "shape")
     }
     with nowhere():
-        state = _tried(accumulator, "from_model_output", lambda: jax.eval_shape(states, arrays))
+        state = _tried(accumulator, "from_model_output", lambda: jax.eval_shape(states, arrays), outputs)
         leaves, tree = jax.tree.flatten(state)
         shapes = [(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
         kinds = _kinds(accumulator, tree, shapes)
@@ -244,11 +255,17 @@ def relearn(accumulator: CluMetric, described: Mapping[str, Any]) -> CluMetric:
     leaves = tuple(
         Leaf(tuple(leaf["shape"]), leaf["dtype"], _constant(leaf["constant"])) for leaf in described["leaves"]
     )
-    own_leaves, tree = jax.tree.flatten(accumulator.metric.empty())
+    fix = "Let the object learn what they are: update it once, then metrics.reset(), and merge."
+    try:
+        own_leaves, tree = jax.tree.flatten(accumulator.metric.empty())
+    except Exception as error:  # clu's own says NotImplementedError, and others want arguments
+        raise NotLearntError(
+            f"the snapshot has {len(leaves)} arrays of {accumulator}, and its empty(), which would show what they are, "
+            f"fails: {type(error).__name__}: {error}\n  {fix}"
+        ) from error
     if len(own_leaves) != len(leaves):
-        raise ValueError(
-            f"{accumulator}: the snapshot has {len(leaves)} arrays of it, and the class has {len(own_leaves)}.\n"
-            "  Update the object once before the merge, so that it learns what they are."
+        raise NotLearntError(
+            f"the snapshot has {len(leaves)} arrays of {accumulator}, and its empty() has {len(own_leaves)}.\n  {fix}"
         )
     return _with(accumulator, Learnt(tree, leaves, described["adds"], tuple(described["result"])))
 
@@ -263,17 +280,37 @@ def _with(accumulator: CluMetric, learnt: Learnt) -> CluMetric:
     return CluMetric(accumulator.metric, learnt, name=accumulator.name, labels=accumulator.labels)
 
 
-def _tried(accumulator: CluMetric, method: str, function: Callable[[], Any]) -> Any:
+def _tried(
+    accumulator: CluMetric, method: str, function: Callable[[], Any], given: Mapping[str, Any] | None = None
+) -> Any:
     """What a method of the metric gives in a trace; where that fails, the error says whose it is."""
     try:
         return function()
     except Exception as error:  # whatever a class that we do not know raises
-        text = " Strings cannot be accumulated on a device." if "str" in str(error) else ""
+        of_tracing = isinstance(error, _TRACING)
+        text = "cannot be traced, so it cannot run on the devices" if of_tracing else "does not take these values"
         hint = '\n  "std" accumulates the standard deviation.' if accumulator.metric.__name__ == "Std" else ""
+        strings = [name for name, one in (given or {}).items() if isinstance(one, str)]
+        if strings:
+            hint += f"\n  {strings[0]}= is a string, and strings cannot be accumulated on a device."
+        shown = {} if of_tracing else given or {}
+        of = f"\n  Given: {', '.join(f'{name}={_kind(one)}' for name, one in shown.items())}" if shown else ""
         raise ValueError(
-            f"{accumulator}: its {method}() cannot be traced, so it cannot run on the devices.{text} It says:\n"
-            f"  {type(error).__name__}: {error}{hint}"
+            f"{accumulator}: its {method}() {text}. It says:\n  {type(error).__name__}: {error}{of}{hint}"
         ) from error
+
+
+_TRACING = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.UnexpectedTracerError,
+)
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {value.shape}" if hasattr(value, "dtype") else f"{value!r:.40}"
 
 
 def _wide(dtype: Any) -> np.dtype:
@@ -421,6 +458,7 @@ def _own_merge(metric: Any, learnt: Learnt) -> Merge:
 
     digest = hashlib.sha256(json.dumps(describe(learnt)).encode()).hexdigest()[:8]  # the same in all processes
     name = f"clu {metric.__module__}.{metric.__qualname__} {digest}"
+    # Private: clu merges two devices by _reduce_merge, which is merge() unless a class says otherwise.
     return Merge(name, (Number("leaves"),), on_device("_reduce_merge"), on_host("_reduce_merge"),
                  follow=on_device("merge"), follow_numbers=on_host("merge"), by_slot=False)  # fmt: skip
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from distributed_metrics import compensated
-from distributed_metrics.accumulators._base import Accumulator
+from distributed_metrics.accumulators._base import Accumulator, as_numbers
 from distributed_metrics.accumulators._batch import Batch
 from distributed_metrics.compensated import Pair
 from distributed_metrics.merging import BINS
@@ -29,7 +29,7 @@ class Histogram(Accumulator):
         shape, name, labels: see ``Accumulator``; results have the shape ``(*S, n)``.
 
     Raises:
-        ValueError: fewer than two edges, NaN, edges that descend or lie beyond float32's range.
+        TypeError, ValueError: no numbers, fewer than two edges, NaN, edges that descend or lie beyond float32's range.
 
     >>> from distributed_metrics import DistributedMetrics
     >>> metrics = DistributedMetrics({"x": Histogram([0.0, 0.5, 1.0])})
@@ -46,7 +46,7 @@ class Histogram(Accumulator):
     shape: Any = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        edges = np.asarray(self.edges, np.float64)
+        edges = as_numbers("Histogram(edges", self.edges)
         wrong = (
             "a number of bins needs edges: numpy.linspace(low, high, bins + 1)" if edges.ndim == 0 else
             f"{edges.ndim} dims, where a list of edges has one" if edges.ndim > 1 else

@@ -88,6 +88,16 @@ class Var(Accumulator):
     fields = {"moments": MOMENTS}
     ddof: float = field(default=0, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = (int, float, np.integer, np.floating)
+        if isinstance(self.ddof, bool) or not isinstance(self.ddof, kinds) or not 0 <= self.ddof < np.inf:
+            raise ValueError(
+                f"{type(self).__name__}(ddof={self.ddof!r}): a number, 0 or more: what is taken off the total weight.\n"
+                f"  For example: {type(self).__name__}(ddof=1)"
+            )
+        object.__setattr__(self, "ddof", float(self.ddof))  # 1 and 1.0 are one setting, in a file as well
+
     def contribution(self, batch: Batch) -> dict[str, Any]:
         return {"moments": _of_batch(batch)}
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from distributed_metrics.accumulators._base import Accumulator
+from distributed_metrics.accumulators._base import Accumulator, as_numbers
 from distributed_metrics.accumulators._batch import Batch
 from distributed_metrics.merging import BINS
 
@@ -38,7 +38,7 @@ class Quantile(Accumulator):
         shape, name, labels: see ``Accumulator``; results have the shape S for one q, ``(*S, len(q))`` for several.
 
     Raises:
-        ValueError: a q or a relative error out of its range.
+        TypeError, ValueError: a q or a relative error that is no number, or out of its range.
 
     >>> from distributed_metrics import DistributedMetrics
     >>> metrics = DistributedMetrics({"ms": Quantile((0.5, 0.99), labels=("p50", "p99"))})
@@ -54,10 +54,10 @@ class Quantile(Accumulator):
     shape: Any = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        q = np.asarray(self.q, np.float64)
+        q = as_numbers("Quantile(q", self.q)
         if q.ndim > 1 or not q.size or not ((q >= 0) & (q <= 1)).all():
             raise ValueError(f"Quantile(q={self.q!r}): q is a number from 0 to 1, or several: (0.5, 0.99).")
-        if not 0.001 <= self.relative_error <= 0.5:
+        if not 0.001 <= as_numbers("Quantile(relative_error", self.relative_error) <= 0.5:
             raise ValueError(f"Quantile(relative_error={self.relative_error!r}): it may be from 0.001 to 0.5.")
         object.__setattr__(self, "q", tuple(q.tolist()) if q.ndim else q.item())
         object.__setattr__(self, "relative_error", float(self.relative_error))

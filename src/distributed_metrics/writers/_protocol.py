@@ -2,7 +2,8 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,8 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 class MetricWriter(Protocol):
     """What takes scalars. The writers of clu and kauldron are of this shape as they are.
 
-    A writer may also have ``write_binned(step, histograms)``, which takes a mapping of names to ``(counts, edges)``,
-    float64 arrays of shapes ``(bins,)`` and ``(bins + 1,)``; the outermost edges may be infinite.
+    One that has ``write_binned`` as well gets histograms there (see ``BinnedWriter``).
 
     >>> from distributed_metrics.writers import MemoryWriter
     >>> isinstance(MemoryWriter(), MetricWriter), isinstance(print, MetricWriter)
@@ -27,6 +27,17 @@ class MetricWriter(Protocol):
 
     def close(self) -> None:
         """Flush, and let go of files and ports. May be called twice."""
+
+
+@runtime_checkable
+class BinnedWriter(MetricWriter, Protocol):
+    """A writer that shows histograms as such. To others they go as scalars, one for each bin."""
+
+    def write_binned(self, step: int, histograms: Mapping[str, tuple[Any, Any]]) -> None:
+        """Write histograms by name: ``(counts, edges)``, float64 arrays ``(bins,)`` and ``(bins + 1,)``.
+
+        The outermost edges may be infinite.
+        """
 
 
 class _Completed:
@@ -150,12 +161,28 @@ def as_writer(writer: Any) -> MetricWriter:
         fix = ""
     else:
         got, fix = f"the class {writer.__qualname__}", f"\n  Give an instance: {writer.__qualname__}(...)"
+    if writer is None:
+        got, fix = "None", "\n  For no writer: ()"
+    elif isinstance(writer, str | os.PathLike):
+        got, fix = repr(writer), f"\n  Give a writer: JsonLinesWriter({os.fspath(writer)!r})"
     raise TypeError(
         f"as_writer() got {got}, which takes no metrics.{fix}\n"
         "  A writer is an object with write_scalars(step, scalars), as those of distributed_metrics.writers, clu and\n"
         "  kauldron; or one with log_scalar(event, value, step=...), as the logging backends of metrax; or a function\n"
         "  that is called as log(scalars, step=step), as wandb.log, or as log(name, value, step=step)."
     )
+
+
+def as_writers(writers: Any) -> list[MetricWriter]:
+    """The writers of one that ``as_writer`` takes, or of several.
+
+    Raises:
+        TypeError: one of them takes no metrics.
+    """
+    is_one = callable(writers) or _has(writers, "write_scalars") or _has(writers, "log_scalar")
+    if is_one or isinstance(writers, str | Mapping) or not isinstance(writers, Iterable):
+        return [as_writer(writers)]
+    return [as_writer(one) for one in writers]
 
 
 def require(module: str, writer: str, extra: str = "writers") -> Any:
