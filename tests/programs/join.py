@@ -16,6 +16,6 @@ jax.distributed.initialize(
     rank,
     cluster_detection_method="deactivate",
     initialization_timeout=30,
-    heartbeat_timeout_seconds=10,
+    heartbeat_timeout_seconds=20,  # a process is silent for up to half of it, and counts as gone so much earlier
     shutdown_timeout_seconds=10,
 )
