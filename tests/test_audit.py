@@ -49,7 +49,7 @@ def test_a_value_over_two_dims_of_an_auto_mesh_is_named_with_its_argument_and_th
 
     message = objections(update, metrics, batch)
     assert message == (
-        "assert_silent(update): the compiled program holds 2 all-reduces.\n"
+        "assert_silent(update): the compiled program holds 2 all-reduces.\nEach array that is sent:\n"
         "\n"
         "  all-reduce of f32[] (2 times): metrics.update() of 'loss', shape (16, 8), test_audit.py:0, in "
         "test_a_value_over_two_dims_of_an_auto_mesh_is_named_with_its_argument_and_the_spec_that_keeps_it_still"

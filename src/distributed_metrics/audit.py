@@ -152,8 +152,8 @@ def assert_silent(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     )
     shown = ", ".join(f"{number} {operation}{'s' * (number > 1)}" for operation, number in counts.items())
     raise AssertionError(
-        f"assert_silent({getattr(fn, '__name__', 'fn')}): the compiled program holds {shown}, shown once "
-        "for each array that they carry.\n\n"
+        f"assert_silent({getattr(fn, '__name__', 'fn')}): the compiled program holds {shown}.\n"
+        "Each array that is sent:\n\n"
         + "\n\n".join(one.replace(": ", f" ({times} times): " if times > 1 else ": ", 1) for one, times in sent.items())
     )
 
