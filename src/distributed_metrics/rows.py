@@ -43,7 +43,10 @@ def _local_fresh(plan: Plan, axes: tuple[str, ...]) -> Tables:
 
     def row(merge: Merge, shape: tuple[int, ...]) -> Array:
         words = np.asarray(merge.identity, np.float32)
-        identity = jnp.asarray(np.broadcast_to(words if len(words) > 1 else words[0], shape))
+        if 0 in shape:  # the CPU backend of jax 0.11.2 crashes at a constant without elements that stands beside others
+            identity = jnp.zeros(shape, jnp.float32)
+        else:
+            identity = jnp.asarray(np.broadcast_to(words if len(words) > 1 else words[0], shape))
         return lax.pcast(identity, axes, to="varying") if axes else identity
 
     return {table: row(plan.tables[table], like.shape) for table, like in row_shapes(plan).items()}
