@@ -460,6 +460,23 @@ def test_windows_that_saw_nothing_are_a_warning_once(caplog):
 # --- epochs ---
 
 
+@pytest.mark.parametrize("method", ["flush", "reset"])
+def test_a_flush_by_hand_is_a_warning_once_since_its_values_are_in_no_window(method, caplog):
+    metrics, memory = DistributedMetrics({"loss": "count"}), MemoryWriter()
+    with PeriodicFlush(metrics, 2, memory) as flusher:
+        for step in range(4):
+            metrics.update(loss=1.0)
+            if step % 2 == 0:
+                getattr(metrics, method)()
+            flusher(step)
+    metrics.flush()
+    assert memory.to_dict()["loss"]["value"] == [1.0, 1.0]
+    assert [one.message for one in caplog.records] == [
+        f"PeriodicFlush: metrics.{method}() was called inside the block. What it took is in no window, and not in "
+        "total(). An evaluation has an object of its own; for numbers so far, metrics.compute()."
+    ]
+
+
 def test_windows_add_up_to_epochs_also_where_an_epoch_ends_within_a_window():
     metrics, memory = DistributedMetrics({"loss": ("sum", "max", "last")}), Recorder()
     step = 0

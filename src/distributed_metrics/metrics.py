@@ -1,6 +1,7 @@
 """``DistributedMetrics``: wires the stages together, owns the Variables, and is safe to share between threads."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -30,6 +31,10 @@ from distributed_metrics.view import (
 _LOCK = threading.RLock()
 """Held while rows are read and replaced. One for all objects: an object's attributes are part of its graphdef, and what
 is held here is only ever the dispatch of a small program."""
+
+
+_WATCHED: "weakref.WeakKeyDictionary[DistributedMetrics, Callable[[str], None]]" = weakref.WeakKeyDictionary()
+"""Who is told of a flush or a reset by hand: what that takes is missing where somebody else flushes the object."""
 
 
 class DistributedMetrics(nnx.Module):
@@ -234,6 +239,7 @@ class DistributedMetrics(nnx.Module):
             RuntimeError: with ``timeout``, the processes are about to make different flushes. Without it, reading a
                 number of the snapshot raises this, in every process.
         """
+        self._tell("flush")
         return self._read("flush", fresh=True, timeout=timeout)
 
     def merge(self, snapshot: Snapshot) -> None:
@@ -276,6 +282,7 @@ class DistributedMetrics(nnx.Module):
     def reset(self) -> None:
         """The accumulators start afresh."""
         self._require_accumulators("reset")
+        self._tell("reset")
         with _LOCK:
             tables = self._tables()
             situation = self._situation(tables)
@@ -349,6 +356,17 @@ class DistributedMetrics(nnx.Module):
             self._replace(jax.lax.cond(ends, flushed, lambda tables: tables, tables), "flush")
 
     # --- for periodic.py and streaming.py, which flush in the name of an object ---
+
+    def _watch(self, tell: Callable[[str], None] | None) -> None:
+        """Tell of each flush and reset by hand from here on; None: no longer."""
+        if tell is not None:
+            _WATCHED[self] = tell
+        else:
+            _WATCHED.pop(self, None)
+
+    def _tell(self, method: str) -> None:
+        if (tell := _WATCHED.get(self)) is not None:
+            tell(method)
 
     def _in_trace(self) -> bool:
         return any(map(is_traced, self._tables().values()))

@@ -139,6 +139,7 @@ class PeriodicFlush:
         self._outlets = Outlets(as_writers(writers), self._failures, log_errors=not self._alone)
         self._out_of_step: OutOfStepError | None = None
         self._warned = False
+        self._warned_of_flush = False
         self._stopped = False  # by derive, which is not asked again
 
     # --- the loop ---
@@ -154,6 +155,7 @@ class PeriodicFlush:
                 jax.process_count(),
             )
         _OPEN.add(self)
+        self._metrics._watch(self._note_flush)
         self._thread = Background(self._deliver)
         return self
 
@@ -187,8 +189,11 @@ class PeriodicFlush:
                 "flusher(): called inside a jitted function, where a window has no numbers yet.\n"
                 "  Call it after the step: train_step(metrics, batch); flusher(step)"
             )
-        self._require_for_itself(metrics)
-        self._metrics = metrics
+        if metrics is not self._metrics:
+            self._require_for_itself(metrics)
+            self._metrics._watch(None)
+            self._metrics = metrics
+            metrics._watch(self._note_flush)
         self._window.host |= scalars
         self._window.steps += 1 if last is None else step - last
         self._last_step = self._window.step = step
@@ -303,6 +308,7 @@ class PeriodicFlush:
         finally:
             self._closed = True
             _OPEN.discard(self)
+            self._metrics._watch(None)
             thread.finish()
             if self._derive is not None and not self._alone and everywhere and self._ended is not None:
                 with contextlib.suppress(Exception):  # it is in self._stops
@@ -433,6 +439,15 @@ class PeriodicFlush:
                     window.stop = error
                 window.numbers = numbers
             return window.numbers
+
+    def _note_flush(self, method: str) -> None:
+        if not self._warned_of_flush:
+            self._warned_of_flush = True
+            _LOG.warning(
+                "PeriodicFlush: metrics.%s() was called inside the block. What it took is in no window, and not in "
+                "total(). An evaluation has an object of its own; for numbers so far, metrics.compute().",
+                method,
+            )
 
     # --- checks ---
 
