@@ -721,3 +721,11 @@ def test_what_is_learnt_takes_the_place_of_what_was_there_before():
     metrics.update({"x": {"values": jnp.arange(3.0)}})
     assert set(nnx.state(metrics).keys()) == set(metrics._plan.variables)
     assert jax.tree.leaves(nnx.state(metrics))[0].size > 0
+
+
+def test_the_keywords_of_a_metric_given_as_names_are_an_error_that_shows_where_they_go():
+    metrics = DistributedMetrics({"acc": clu.metrics.Accuracy})
+    with pytest.raises(
+        ValueError, match=r"'logits'(.|\n)*metrics.update\(\{'acc': dict\(logits=logits, labels=labels\)\}\)"
+    ):
+        metrics.update(logits=np.ones((2, 2)), labels=np.ones(2, int))

@@ -152,7 +152,7 @@ def _shapes(
         shape = given[0].shape[: given[0].ndim - source.pair]
         entries = [*((source.spec if counting else None) or ()), *(None for _ in shape)]
         parts = [lax.axis_size(spec_axes(P(entry))) if entry else 1 for entry in entries]
-        shapes[plan.metrics[i].value] = tuple(size * part for size, part in zip(shape, parts, strict=False))
+        shapes[plan.metrics[i].value_name] = tuple(size * part for size, part in zip(shape, parts, strict=False))
     return shapes
 
 

@@ -29,7 +29,7 @@ class Metric:
     accumulator: Accumulator
 
     @property
-    def value(self) -> str:
+    def value_name(self) -> str:
         """The flat name of the value."""
         return SEPARATOR.join(self.value_path)
 
@@ -116,7 +116,7 @@ class Plan:
         for i in sorted(range(len(metrics)), key=lambda i: metrics[i].name):
             by_accumulator.setdefault(metrics[i].accumulator, []).append(i)
         for i, metric in enumerate(metrics):
-            self.values[metric.value] = (*self.values.get(metric.value, ()), i)
+            self.values[metric.value_name] = (*self.values.get(metric.value_name, ()), i)
         tables: dict[str, Merge] = {}
         self.slots: dict[str, int] = {}
         self.groups: list[Group] = []
@@ -336,9 +336,9 @@ def _check_names(metrics: tuple[Metric, ...]) -> None:
     values: dict[str, tuple[str, ...]] = {}
     for metric in metrics:
         result_clash = results.get(metric.name)
-        value_clash = values.setdefault(metric.value, metric.value_path)
+        value_clash = values.setdefault(metric.value_name, metric.value_path)
         if result_clash is not None or value_clash != metric.value_path:
-            name, one = (metric.name, result_clash) if result_clash is not None else (metric.value, value_clash)
+            name, one = (metric.name, result_clash) if result_clash is not None else (metric.value_name, value_clash)
             other = metric.path if result_clash is not None else metric.value_path
             raise ValueError(
                 f"DistributedMetrics(): two metrics flatten to one name, {name!r}: "
@@ -371,10 +371,10 @@ def _check_tuples(metrics: tuple[Metric, ...]) -> None:
     """A tuple's members read one value, so they must take the same inputs and shape."""
     first: dict[str, Metric] = {}
     for metric in metrics:
-        other = first.setdefault(metric.value, metric)
+        other = first.setdefault(metric.value_name, metric)
         if _value_kind(other.accumulator) != _value_kind(metric.accumulator):
             raise ValueError(
-                f"DistributedMetrics(): {metric.value!r} is accumulated both as {other.accumulator} and as "
+                f"DistributedMetrics(): {metric.value_name!r} is accumulated both as {other.accumulator} and as "
                 f"{metric.accumulator}, which take different values.\n  Give them names of their own."
             )
 

@@ -77,7 +77,7 @@ class Snapshot(Mapping[str, Any]):
                     "all: snapshot.unstack()"
                 )
             for metric in self._plan.metrics:
-                if key in (metric.name, metric.value):
+                if key in (metric.name, metric.value_name):
                     hint = f" A nested result is read by one key at a time: snapshot{show_path(metric.path)}"
             raise KeyError(f"{key!r}: this snapshot has {', '.join(map(repr, known))}.{hint}")
         tree: Any = {}

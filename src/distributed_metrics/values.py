@@ -52,15 +52,16 @@ def _unknown_name(plan: Plan, name: str, argument: str = "") -> ValueError:
     add = "" if argument else f'\n  To add it: DistributedMetrics({{..., "{name}": "mean"}})'
     near = did_you_mean(name, known)
     if name in plan.results:
-        whole = plan.metrics[plan.results[name]].value
+        whole = plan.metrics[plan.results[name]].value_name
         return ValueError(
             f"metrics.update({argument}) got {name!r}, which is a result of {whole!r}.\n"
             f"  Give the value once, for all its statistics: metrics.update({{{whole!r}: x}})"
         )
     for metric in plan.metrics:
         if isinstance(metric.accumulator, CluMetric) and name in (taken := metric.accumulator.parameters()):
-            near = f"\n  {name}= is one of the keywords of {metric.value!r}: metrics.update({{{metric.value!r}: dict("
-            near, add = near + ", ".join(f"{keyword}={keyword}" for keyword in taken) + ")})", ""
+            value, keywords = metric.value_name, ", ".join(f"{keyword}={keyword}" for keyword in taken)
+            near = f"\n  {name}= is one of the keywords of {value!r}: metrics.update({{{value!r}: dict({keywords})}})"
+            add = ""
     if not argument and name in _MASKS:
         add = ""
         near = " A mask or weights of the values are the argument weight=."

@@ -15,9 +15,9 @@ from distributed_metrics.merging import Merge, Number, Numbers, Parts
 # that of two of them the higher (at, index) is the later. What follows in time counts its updates from there on.
 
 
-def _later(a: Any, b: Any, join: Any) -> Any:
+def _later(a: Any, b: Any, xp: Any) -> Any:
     """Whether b's (at, index) is the higher; numbers may be pairs, which compare high word first."""
-    b_is_later = jnp.zeros_like(a[0], bool) if join is jnp else np.zeros_like(a[0], bool)
+    b_is_later = xp.zeros_like(a[0], bool)
     equal = ~b_is_later
     for one, other in zip(a, b, strict=True):
         b_is_later = b_is_later | (equal & (other > one))
