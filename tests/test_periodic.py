@@ -678,4 +678,7 @@ def test_two_processes_write_once_and_stop_together(caplog):
     assert first["at the end"] == "the disk is full"
     assert second["at the end"] is None
     assert first["steps of the other writer"] == [1, 3, 5]
+    assert first["missed"] == ["metrics.flush(timeout=5): process 1 of 2 did not come within 5 s."]
+    assert ["came late" in one for one in second["missed"]] == [True]
+    assert first["total after that"] == second["total after that"] == 2.5  # nothing was lost
     assert first["left alone"] == second["left alone"] == "KeyError"

@@ -1,6 +1,7 @@
 """One of several processes: python service.py RANK PROCESSES PORT. A loop with PeriodicFlush; prints a line of JSON."""
 
 import json
+import time
 
 import jax
 from join import processes  # before anything else touches a device
@@ -67,6 +68,18 @@ try:
 except OSError as error:
     results["at the end"] = str(error)
 results["steps of the other writer"] = other.steps
+
+metrics, missed = DistributedMetrics({"loss": "mean"}, mesh=mesh), []
+with PeriodicFlush(metrics, 2, Writer(), timeout=5) as flusher:
+    for step in range(6):
+        metrics.update(loss=float(step))
+        if step == 1 and jax.process_index() == 1:
+            time.sleep(7)  # the other gives up waiting for it at the end of this window
+        try:
+            flusher(step)
+        except TimeoutError as error:
+            missed.append(str(error).splitlines()[0])
+    results |= {"missed": missed, "total after that": flusher.total()["loss"]}
 
 metrics = DistributedMetrics({"loss": "mean"}, mesh=mesh)
 try:
