@@ -107,6 +107,7 @@ class Unhashable(Mean):
         ),
         ({"x": Mean(shape=2, labels=("a", "b")), "x/b": "sum"}, ValueError, "two results flatten to one name, 'x/b'"),
         ({"x": Histogram([0, 1]), "x/overflow": "sum"}, ValueError, "two results flatten to one name, 'x/overflow'"),
+        ({"x": Histogram([0, 1], shape=2), "x/1/nan": "sum"}, ValueError, "two results flatten to one name, 'x/1/nan'"),
         ({"x": Mean(shape=2, labels=(0, 1))}, TypeError, "a label of ['x'] must be a string, got 0 (int).\n  For exam"),
         (["loss"], TypeError, "takes a dict of names to what is accumulated, not list"),
         ("loss", TypeError, 'For example: DistributedMetrics({"loss": "mean", "tokens": "sum"})'),
@@ -150,10 +151,10 @@ def test_a_bad_setting_is_an_error_when_the_accumulator_is_made(make, error, tex
 
 
 def test_names_that_may_be_elements_of_others_and_are_not():
-    spec = {"x": Mean(shape=12), "x/0": "sum", "x/012": "sum", "x/a": "sum", "y": "mean", "y/0": "sum"}
-    metrics = DistributedMetrics(spec)
-    metrics.update(x=np.ones(12), y=1.0, **{"x/0": 1.0, "x/012": 1.0, "x/a": 1.0, "y/0": 1.0})
-    assert len(metrics.compute().flatten()) == 12 + 5
+    others = ("x/0", "x/012", "x/a", "y", "y/0", "h/mean", "h/underflow/0")
+    metrics = DistributedMetrics({"x": Mean(shape=12), "h": Histogram([0, 1]), **dict.fromkeys(others, "mean")})
+    metrics.update({"x": np.ones(12), "h": 2.0, **dict.fromkeys(others, 1.0)})
+    assert len(metrics.compute().flatten(empty="nan")) == 12 + (1 + 3) + len(others)
 
 
 def test_flat_names_of_another_separator_may_not_be_one():

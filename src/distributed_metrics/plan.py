@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from distributed_metrics.accumulators import BY_NAME, Accumulator, clu_metric
 from distributed_metrics.merging import SUM, Merge
 from distributed_metrics.naming import SEPARATOR, did_you_mean, is_element, show_path
@@ -40,9 +42,18 @@ class Metric:
 
     def shows(self, keys: Sequence[str]) -> bool:
         """Whether one of its flat results has these keys behind its name: an element, or what is beside the result."""
-        if type(self.accumulator).outside is not Accumulator.outside and keys:
-            return True
-        return is_element(keys, self.accumulator.result_shape(), self.accumulator.labels)
+        beside = self._is_beside(keys)
+        return beside or is_element(keys, self.accumulator.result_shape(), self.accumulator.labels)
+
+    def _is_beside(self, keys: Sequence[str]) -> bool:
+        if type(self.accumulator).outside is Accumulator.outside or not keys:
+            return False
+        zeros = {
+            name: np.zeros((len(merge.numbers), *self.accumulator.field_shape(name)))
+            for name, merge in self.accumulator.merges().items()
+        }
+        fields = {name: numbers[0] if len(numbers) == 1 else tuple(numbers) for name, numbers in zeros.items()}
+        return keys[-1] in self.accumulator.outside(np, **fields) and is_element(keys[:-1], self.accumulator.shape)
 
 
 @dataclass(frozen=True)
