@@ -29,12 +29,13 @@ def element(index: Sequence[int], shape: Sequence[int], labels: Sequence[str] | 
 
 def is_element(keys: Sequence[str], shape: Sequence[int], labels: Sequence[str] | None = None) -> bool:
     """Whether an element of an array has these keys."""
-    if len(keys) != len(shape):
+    if len(keys) != len(shape) or (labels is not None and keys[-1] not in labels):
         return False
-    if labels is not None and keys[-1] not in labels:
-        return False
-    numbers = keys if labels is None else keys[:-1]
-    return all(key.isdecimal() and int(key) < n and len(key) == len(str(n - 1)) for key, n in zip(numbers, shape))  # noqa: B905 (labels)
+    numbered = len(keys) if labels is None else len(keys) - 1
+    return all(
+        key.isdecimal() and int(key) < n and len(key) == len(str(n - 1))
+        for key, n in zip(keys[:numbered], shape[:numbered], strict=True)
+    )
 
 
 def show_path(path: Iterable[str]) -> str:
