@@ -323,6 +323,16 @@ def test_a_setting_that_comparisons_do_not_see_is_an_error():
     with pytest.raises(TypeError, match=r"\['x'\]: Scaled has the attribute 'scale', which is no field of a dataclass"):
         DistributedMetrics({"x": Scaled(2.0)})
 
+    @dataclasses.dataclass(frozen=True)
+    class Derived(Mean):
+        scale: float = 1.0
+
+        def __post_init__(self):
+            super().__post_init__()
+            object.__setattr__(self, "twice", 2 * self.scale)  # follows from a setting
+
+    DistributedMetrics({"x": Derived(scale=2.0)})
+
 
 def test_an_object_that_came_back_as_the_same_on_all_devices_is_an_error_that_says_so():
     mesh = make_mesh({"data": 8}, explicit=False)

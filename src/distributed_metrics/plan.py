@@ -299,9 +299,7 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
             f"DistributedMetrics(): {show_path(path)} is {what!r} ({type(what).__name__}), which cannot be "
             f"accumulated.\n  Give one of {', '.join(map(repr, BY_NAME))}, an Accumulator, or a tuple of these."
         )
-    settings = {one.name for one in dataclasses.fields(what)}
-    unseen = [name for name in vars(what) if name not in settings and not hasattr(type(what), name)]
-    if unseen:
+    if unseen := _unseen_settings(what):
         kind = type(what).__name__
         raise TypeError(
             f"DistributedMetrics(): {show_path(path)}: {kind} has the attribute {unseen[0]!r}, which is no field of a "
@@ -327,6 +325,16 @@ def _accumulator_of(what: Any, path: tuple[str, ...]) -> Accumulator:
     except ValueError as error:
         raise ValueError(f"DistributedMetrics(): {show_path(path)}: {error}") from error
     return what
+
+
+def _unseen_settings(accumulator: Accumulator) -> list[str]:
+    """Attributes that an ``__init__`` of a user's own has set, where that of a dataclass would have made fields."""
+    if not any(
+        "__init__" in vars(one) and "__dataclass_params__" not in vars(one) for one in type(accumulator).mro()[:-1]
+    ):
+        return []
+    fields = {one.name for one in dataclasses.fields(accumulator)}
+    return [name for name in vars(accumulator) if name not in fields and not hasattr(type(accumulator), name)]
 
 
 _MEANT = {"average": "'mean'", "avg": "'mean'", "median": "Quantile(0.5)", "p50": "Quantile(0.5)", "variance": "'var'"}
