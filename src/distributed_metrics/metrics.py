@@ -271,8 +271,8 @@ class DistributedMetrics(nnx.Module):
             rows.refuse_populations("merge", self._plan, situation.view, tables)
             if situation.elsewhere:
                 return
-            plan = snapshot.require_fits(self._plan, "metrics.merge")
-            merged = snapshot.merged_words(plan)
+            plan = snapshot._require_fits(self._plan, "metrics.merge")
+            merged = snapshot._merged_words(plan)
             words = on_device(merged, situation)
             tables = self._relaid(plan, situation.view, tables)
             self._replace(programs.absorb(plan, situation.view)(tables, words), "merge", plan)

@@ -276,7 +276,7 @@ class PeriodicFlush:
                     f"flusher.start_epoch() takes a Snapshot, got {type(seen).__name__}.\n"
                     "  For example: flusher.start_epoch(Snapshot.from_dict(saved))"
                 )
-            seen.require_fits(self._metrics._plan, "flusher.start_epoch")
+            seen._require_fits(self._metrics._plan, "flusher.start_epoch")
         self._window.parts.append(self._flush())
         self._epoch = Total()
         if seen is not None:

@@ -248,7 +248,7 @@ class Snapshot(Mapping[str, Any]):
         """Each table merged, in words ``(..., slots)``, on the host."""
         return {table: self._plan.tables[table].split(numbers) for table, numbers in self._tables().items()}
 
-    def require_fits(self, plan: Plan, method: str) -> Plan:
+    def _require_fits(self, plan: Plan, method: str) -> Plan:
         """The plan of both, where the accumulators of a plan can take this up.
 
         Args:
@@ -274,7 +274,7 @@ class Snapshot(Mapping[str, Any]):
             )
         return common
 
-    def merged_words(self, plan: Plan) -> Any:
+    def _merged_words(self, plan: Plan) -> Any:
         """The merged state in one buffer of words, as a plan that it fits lays them out."""
         xp = jnp if is_traced(self._words) else np
         parts = self._merged_parts() if is_traced(self._words) else self._host_parts()
@@ -282,7 +282,7 @@ class Snapshot(Mapping[str, Any]):
 
     def _as_of(self, plan: Plan) -> "Snapshot":
         """The same, merged, with the plan of a sum that it goes into."""
-        return self if plan is self._plan else Snapshot(plan, self.merged_words(plan))
+        return self if plan is self._plan else Snapshot(plan, self._merged_words(plan))
 
     def __add__(self, other: Any) -> "Snapshot":
         """Both windows together: what one would have been told of a window that spans the two.
